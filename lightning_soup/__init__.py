@@ -1,0 +1,42 @@
+"""lightning_soup: weight averaging for PyTorch Lightning, during training and after it.
+
+Importing the package is light: each name below is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "lightning_soup.callbacks": ("ModelSoup",),
+    "lightning_soup.cli": ("SoupTrainer",),
+    "lightning_soup.data": ("HandwritingDataModule", "ImageFolderDataModule", "TorchvisionDataModule"),
+    "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "paired_bootstrap"),
+    "lightning_soup.modules": ("ImageClassifier",),
+    "lightning_soup.recipes": (
+        "GreedySoup",
+        "Ingredient",
+        "InterpolatedSoup",
+        "LearnedSoup",
+        "Recipe",
+        "Soup",
+        "UniformSoup",
+        "gather_ingredients",
+        "recook",
+    ),
+    "lightning_soup.weights": ("WeightsFile", "check_compatible", "combine", "open_checkpoint", "save_weights"),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

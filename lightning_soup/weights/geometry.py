@@ -1,0 +1,104 @@
+"""Distances, angles and inner products between checkpoints, streamed from their files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_soup.weights.combine import CHUNK_BYTES, single_threaded_torch
+from lightning_soup.weights.stored_tensor import StoredTensor
+from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
+
+
+def inner_products(checkpoints: Sequence[Source | WeightsFile], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compute ⟨G, θᵢ⟩ for each tensor: what the gradient of a loss at Σ cᵢ·θᵢ says about each coefficient.
+
+    Args:
+        checkpoints: K checkpoints.
+        direction: Tensors G by name, for example a gradient; names that it lacks are left out.
+
+    Returns:
+        By tensor name, K inner products in float64.
+    """
+    opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+    found = {}
+    with single_threaded_torch():
+        for name, tensor in direction.items():
+            flat = tensor.detach().reshape(-1).cpu()
+            total = torch.zeros(len(opened), dtype=torch.float64)
+            for i, file in enumerate(opened):
+                for start, chunk in _chunks(file.tensors[name]):
+                    part = flat[start : start + len(chunk)]
+                    total[i] += torch.dot(chunk.to(part.dtype), part).double()
+            found[name] = total
+    return found
+
+
+def relative_distance(
+    a: Source | WeightsFile, b: Source | WeightsFile, *, scale: float = 1.0, sample: int = 16384
+) -> float:
+    """Estimate ‖a − s·b‖ / ‖s·b‖ over all floating tensors.
+
+    Args:
+        a: A checkpoint.
+        b: The one to measure from.
+        scale: The factor s; 1/n where ``b`` is a sum of n models.
+        sample: Elements to read of each tensor at most, spread over it; each tensor counts with its full size.
+    """
+    difference, norm = 0.0, 0.0
+    a, b = open_checkpoint(a), open_checkpoint(b)
+    with single_threaded_torch():
+        for name, stored in b.tensors.items():
+            if not stored.spec.dtype.is_floating_point or not stored.spec.numel:
+                continue
+            x, y = _sampled(a.tensors[name], sample), _sampled(stored, sample) * scale
+            y = torch.nan_to_num(y, posinf=0.0, neginf=0.0)  # masks hold infinities in both
+            x = torch.nan_to_num(x, posinf=0.0, neginf=0.0)
+            weight = stored.spec.numel / len(y)
+            norm += weight * float(y.square().sum())
+            difference += weight * float((x - y).square().sum())
+    return (difference / norm) ** 0.5 if norm else 0.0
+
+
+def cosines(
+    checkpoints: Sequence[Source | WeightsFile], names: Sequence[str], *, sample: int = 16384
+) -> dict[str, Tensor]:
+    """Compute the cosine between every two checkpoints, tensor by tensor.
+
+    Networks trained from one start stay at small angles; matrices of independently initialised ones are almost
+    orthogonal. A sample is enough to tell: its error is about ``sample ** -0.5``.
+
+    Args:
+        checkpoints: K checkpoints.
+        names: Tensors to compare.
+        sample: Elements to read of each tensor at most, spread over it.
+
+    Returns:
+        By tensor name, a [K, K] float64 tensor. A tensor that is all zero has cosine 0 with every other.
+    """
+    opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+    found = {}
+    with single_threaded_torch():
+        for name in names:
+            rows_KN = torch.stack([_sampled(file.tensors[name], sample) for file in opened])
+            unit_KN = torch.nn.functional.normalize(rows_KN, dim=1)
+            found[name] = unit_KN @ unit_KN.T
+    return found
+
+
+def _sampled(stored: StoredTensor, sample: int) -> Tensor:
+    """Up to ``sample`` elements in float64: 16 runs, evenly spread, so that few pages are read."""
+    scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    total = stored.spec.numel
+    if total <= sample:
+        return stored.read(0, total, scratch).double() if total else torch.zeros(0, dtype=torch.float64)
+    run = sample // 16
+    starts = [round(i * (total - run) / 15) for i in range(16)]
+    return torch.cat([stored.read(start, start + run, scratch).double() for start in starts])
+
+
+def _chunks(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    step = CHUNK_BYTES // stored.spec.dtype.itemsize
+    for start in range(0, stored.spec.numel, step):
+        yield start, stored.read(start, min(start + step, stored.spec.numel), scratch)

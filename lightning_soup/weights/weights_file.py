@@ -1,0 +1,185 @@
+"""Opening a checkpoint of any format as a read-only mapping of memory-mapped tensors."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from lightning_soup.errors import UnreadableCheckpoint
+from lightning_soup.weights.stored_tensor import DataFile, MemoryTensor, StoredTensor, TensorSpec
+
+Source = str | os.PathLike | Mapping[str, Tensor] | nn.Module
+PROVENANCE_KEY = "lightning_soup"
+_HASH_CHUNK = 1 << 20
+
+
+class WeightsFile(Mapping[str, Tensor]):
+    """Weights at rest: names, shapes and dtypes are known at once, data is read only when it is asked for.
+
+    Made by :func:`open_checkpoint`. Indexing gives memory-mapped tensors, which may be written to without changing
+    the file.
+
+    Attributes:
+        label: Short name for messages and plots: the file's name.
+        path: The file or folder, or ``None`` for weights in memory.
+        format: ``"safetensors"``, ``"safetensors shards"``, ``"torch shards"``, ``"lightning"``, ``"torch"``,
+            ``"torchscript"``, ``"peft adapter"`` or ``"memory"``.
+        key: The entry of the file that held the weights (``"state_dict"``, ``"model"``, …), or ``None``.
+        original_names: The names as they stand in the source, by cleaned name.
+        metadata: Plain values that stood beside the weights. For a Lightning file: ``hyper_parameters``, ``epoch``,
+            ``global_step``, ``callbacks``.
+        dropped: Names of entries beside the weights that are objects of foreign classes and were not opened.
+        tensors: The stored tensors by name, for the kernel.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, StoredTensor],
+        *,
+        label: str,
+        path: Path | None = None,
+        format: str = "memory",
+        key: str | None = None,
+        original_names: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        dropped: Iterable[str] = (),
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.label = label
+        self.path = path
+        self.format = format
+        self.key = key
+        self.original_names = dict(original_names or {name: name for name in self.tensors})
+        self.metadata = dict(metadata or {})
+        self.dropped = tuple(dropped)
+        self._digest: str | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].tensor()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"WeightsFile({str(self.path or self.label)!r}, {self.format}, {len(self)} tensors)"
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Element type and shape of every tensor, without reading data."""
+        return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of floating-point elements, tied tensors counted once."""
+        tied = {name for names in self.ties for name in names[1:]}
+        return sum(
+            spec.numel
+            for name, spec in self.specs.items()
+            if name not in tied and (spec.dtype.is_floating_point or spec.dtype.is_complex)
+        )
+
+    @property
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of names that share one storage, such as an embedding and the output layer tied to it."""
+        groups: dict[Any, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            groups.setdefault(tensor.identity, []).append(name)
+        return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        """How the weights were cooked, where lightning_soup wrote them."""
+        text = self.metadata.get(PROVENANCE_KEY)
+        return json.loads(text) if isinstance(text, str) else None
+
+    def digest(self) -> str:
+        """Content hash over names, types, shapes and data (XXH3, 128 bits): equal weights have equal digests.
+
+        It does not depend on the file format. It finds changed and duplicate files; it is not a signature against
+        someone who forges one.
+        """
+        if self._digest is None:
+            hasher = xxhash.xxh3_128()
+            scratch = torch.empty(_HASH_CHUNK, dtype=torch.uint8)
+            for name in sorted(self.tensors):
+                tensor = self.tensors[name]
+                hasher.update(f"{name}|{tensor.spec}|".encode())
+                step = _HASH_CHUNK // tensor.spec.dtype.itemsize
+                for start in range(0, tensor.spec.numel, step):
+                    part = tensor.read(start, min(start + step, tensor.spec.numel), scratch)
+                    hasher.update(part.contiguous().view(torch.uint8).numpy().data)
+            self._digest = f"xxh3-128:{hasher.hexdigest()}"
+        return self._digest
+
+
+def open_checkpoint(source: Source | WeightsFile, *, which: Literal["average", "raw"] = "average") -> WeightsFile:
+    """Open weights of any supported format without reading them and without running code from the file.
+
+    Formats, told apart by their content and not by their suffix: safetensors; ``torch.save`` files, old and new, whose
+    weights stand at the top or under ``state_dict``, ``model``, ``model_state_dict``, ``state_dict_ema`` and the like;
+    Lightning checkpoints; TorchScript archives; folders of shards with an ``*.index.json``; PEFT adapter folders;
+    folders with one weights file; ``wandb:entity/project/artifact:version``. The wrapper prefixes ``module.`` and
+    ``_orig_mod.`` are removed from names.
+
+    Args:
+        source: A path, a mapping from name to tensor, a module, or an opened file (returned as it is).
+        which: Files that hold an average and the raw weights (Lightning's averaging callbacks, timm's
+            ``state_dict_ema``) open as the average; ``"raw"`` opens the weights as training left them.
+
+    Returns:
+        The opened weights.
+
+    Raises:
+        UnreadableCheckpoint: The source does not exist, is damaged, or holds no weights.
+
+    Example:
+        >>> import torch
+        >>> weights = open_checkpoint(torch.nn.Linear(2, 3))
+        >>> {name: str(spec) for name, spec in weights.specs.items()}
+        {'weight': 'float32 [3, 2]', 'bias': 'float32 [3]'}
+    """
+    if which not in ("average", "raw"):
+        raise ValueError(f"which={which!r}: expected 'average' or 'raw'.")
+    if isinstance(source, WeightsFile):
+        return source
+    if isinstance(source, nn.Module):
+        return _open_mapping(source.state_dict(), type(source).__name__)
+    if isinstance(source, Mapping):
+        return _open_mapping(source, f"weights in memory ({len(source)} tensors)")
+    from lightning_soup.weights.formats import open_path  # the readers end in WeightsFile
+
+    return open_path(source, which)
+
+
+def _open_mapping(weights: Mapping[str, Tensor], label: str) -> WeightsFile:
+    wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if wrong or not weights:
+        raise UnreadableCheckpoint(
+            f"{label}: expected a mapping from names to tensors, got "
+            + (f"{type(weights[wrong[0]]).__name__} under {wrong[0]!r}." if wrong else "an empty one.")
+        )
+    names = clean_names(weights, label)
+    tensors = {names[name]: MemoryTensor(value) for name, value in weights.items()}
+    return WeightsFile(tensors, label=label, original_names={short: name for name, short in names.items()})
+
+
+def clean_names(names: Iterable[str], label: str) -> dict[str, str]:
+    """Map names to themselves without the prefixes that DDP (``module.``) and ``torch.compile`` leave behind.
+
+    Raises:
+        UnreadableCheckpoint: Two tensors would get the same name.
+    """
+    cleaned = {name: name.replace("_orig_mod.", "") for name in names}
+    while cleaned and all(name.startswith("module.") for name in cleaned.values()):
+        cleaned = {name: short.removeprefix("module.") for name, short in cleaned.items()}
+    if len(set(cleaned.values())) != len(cleaned):
+        raise UnreadableCheckpoint(f"{label}: holds tensors both with and without a wrapper prefix (_orig_mod.).")
+    return cleaned
