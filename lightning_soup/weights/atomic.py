@@ -2,9 +2,10 @@
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_soup.errors import UnwritableOutput
@@ -14,17 +15,19 @@ from lightning_soup.errors import UnwritableOutput
 def atomic_path(path: str | os.PathLike, *, size: int = 0) -> Iterator[Path]:
     """Give a temporary path beside ``path``, which takes its place when the block ends without an error.
 
-    On any error, Ctrl-C included, the temporary file is removed and ``path`` is left as it was.
+    On any error, Ctrl-C included, the temporary file is removed and ``path`` is left as it was. Two writers
+    of one path do not disturb each other: the last one to finish stays.
 
     Args:
         path: The final path; missing parent folders are created.
-        size: Bytes that will be written, where known: too little space is then said before the work and not after.
+        size: Bytes that will be written, where known: too little space is then said before the work and not
+            after.
 
     Raises:
         UnwritableOutput: The folder cannot be created or written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -34,19 +37,35 @@ def atomic_path(path: str | os.PathLike, *, size: int = 0) -> Iterator[Path]:
             raise UnwritableOutput(
                 f"{path}: needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free. Make room or write elsewhere."
             )
-        temporary.touch()
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if isinstance(error, UnwritableOutput) or not _concerns_output(error, temporary):
+        if not _concerns_output(error, temporary, path):
             raise
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
         raise UnwritableOutput(f"{path}: cannot be written ({reason}). Choose another output path.") from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _concerns_output(error: OSError, temporary: Path) -> bool:
-    """Whether an error came from writing, and not from reading an input inside the block."""
-    named = [name for name in (error.filename, error.filename2) if name is not None]
-    return not named or any(Path(os.fsdecode(name)).parent in (temporary.parent, *temporary.parents) for name in named)
+def check_writable(path: str | os.PathLike) -> None:
+    """Check that ``path`` could be written now, leaving what is there as it is.
+
+    Raises:
+        UnwritableOutput: It could not.
+    """
+    with suppress(_Checked), atomic_path(path):
+        raise _Checked
+
+
+class _Checked(Exception):
+    pass
+
+
+def _concerns_output(error: OSError, temporary: Path, path: Path) -> bool:
+    """Whether an error came from writing (which names no file), not from reading an input in the block."""
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return not named or any(name in (temporary, path, *path.parents) for name in named)

@@ -13,16 +13,17 @@ _HEADS = ("head", "fc", "classifier", "heads", "classif", "last_linear", "logits
 
 
 def check_compatible(checkpoints: Iterable[Source | WeightsFile]) -> None:
-    """Check that all checkpoints hold the same tensor names, shapes and kinds (floating, complex, integer, bool).
+    """Check that all checkpoints hold the same tensor names, shapes and kinds.
 
-    Floating types may differ in width: a float16 file can be averaged with float32 ones.
+    Kinds are floating, complex, integer and bool. Floating types may differ in width: a float16 file can be
+    averaged with float32 ones.
 
     Args:
         checkpoints: What :func:`.open_checkpoint` opens.
 
     Raises:
-        IncompatibleIngredients: They differ. The message lists at most ten tensors, each with file, shape and type,
-            and the likely cause.
+        IncompatibleIngredients: They differ. The message lists at most ten tensors, each with file, shape and
+            type, and the likely cause.
     """
     opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
     problems: list[str] = []
@@ -49,7 +50,7 @@ def kind(dtype: torch.dtype) -> str:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor belongs to a classifier head, by the names that timm, torchvision and others give it."""
+    """Whether a tensor belongs to a classifier head, by the names that libraries give it."""
     return any(part in _HEADS for part in name.split("."))
 
 
@@ -69,19 +70,20 @@ def _compare(first: WeightsFile, other: WeightsFile, problems: list[str], causes
 def _why_names(first: WeightsFile, other: WeightsFile, missing: Sequence[str], extra: Sequence[str]) -> str:
     adapters = [w.label for w in (first, other) if any("lora_" in name for name in w.specs)]
     if len(adapters) == 1:
-        return f"{adapters[0]} is an adapter, the other a full model. Merge the adapter into its base model first."
+        return f"{adapters[0]} is an adapter, the other a full model. Merge the adapter into its base first."
     for long, short, names in ((other, first, extra), (first, other, missing)):
         prefix = _common_prefix(short.specs, names)
         if prefix:
             return (
-                f"the names in {long.label} begin with {prefix!r}: it was saved from a module that wraps the model "
-                f"of {short.label}. Save both from the same module."
+                f"the names in {long.label} begin with {prefix!r}: it was saved from a module that wraps the "
+                f"model of {short.label}. Save both from the same module."
             )
     if len(missing) == len(first.specs) or len(extra) == len(other.specs):
         return "another architecture: the two have no tensor in common."
     return (
-        f"another architecture or depth, or parts saved in one file only ({len(first.specs)} tensors in {first.label}, "
-        f"{len(other.specs)} in {other.label}). All ingredients must come from one model definition."
+        f"another architecture or depth, or parts saved in one file only ({len(first.specs)} tensors in "
+        f"{first.label}, {len(other.specs)} in {other.label}). All ingredients must come from one model "
+        "definition."
     )
 
 
@@ -105,7 +107,7 @@ def _why_shapes(a: dict[str, TensorSpec], b: dict[str, TensorSpec], differing: S
     if all(rows_only(name) for name in differing):
         rows = a[differing[0]].shape[0], b[differing[0]].shape[0]
         if all(is_head(name) for name in differing):
-            return f"another number of classes ({rows[0]} against {rows[1]}). Train all ingredients on one label set."
+            return f"another number of classes ({rows[0]} against {rows[1]}). Train all on one label set."
         if any("embed" in name or "token" in name or "lm_head" in name for name in differing):
             return f"the tokenizer was resized ({rows[0]} against {rows[1]} rows). Use one vocabulary for all."
     if all("pos_embed" in name or "position" in name for name in differing):

@@ -1,12 +1,17 @@
 """Distances, angles and inner products between checkpoints, streamed from their files."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from lightning_soup.weights.combine import CHUNK_BYTES, single_threaded_torch
-from lightning_soup.weights.stored_tensor import StoredTensor
+from lightning_soup.errors import IncompatibleIngredients
+from lightning_soup.weights.chunks import CHUNK_BYTES
+from lightning_soup.weights.compatibility import check_compatible
+from lightning_soup.weights.stored_tensor import Scratch, StoredTensor
+from lightning_soup.weights.streaming import single_threaded_torch
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
 
@@ -19,12 +24,25 @@ def inner_products(checkpoints: Sequence[Source | WeightsFile], direction: Mappi
 
     Returns:
         By tensor name, K inner products in float64.
+
+    Raises:
+        IncompatibleIngredients: A checkpoint lacks a tensor of the direction, or has it in another shape.
     """
     opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+    for file in opened:
+        for name, tensor in direction.items():
+            if name not in file:
+                raise IncompatibleIngredients(f"{name!r} is missing in {file.label}, but is in the direction.")
+            spec = file.tensors[name].spec
+            if spec.shape != tensor.shape:
+                raise IncompatibleIngredients(
+                    f"{name!r} is {spec} in {file.label}, but the direction has {list(tensor.shape)}."
+                )
     found = {}
     with single_threaded_torch():
         for name, tensor in direction.items():
             flat = tensor.detach().reshape(-1).cpu()
+            flat = flat if flat.dtype == torch.float64 else flat.float()
             total = torch.zeros(len(opened), dtype=torch.float64)
             for i, file in enumerate(opened):
                 for start, chunk in _chunks(file.tensors[name]):
@@ -43,10 +61,15 @@ def relative_distance(
         a: A checkpoint.
         b: The one to measure from.
         scale: The factor s; 1/n where ``b`` is a sum of n models.
-        sample: Elements to read of each tensor at most, spread over it; each tensor counts with its full size.
+        sample: Elements to read of each tensor at most, spread over it; each tensor counts with its full
+            size.
+
+    Raises:
+        IncompatibleIngredients: They hold other tensors.
     """
     difference, norm = 0.0, 0.0
     a, b = open_checkpoint(a), open_checkpoint(b)
+    check_compatible([a, b])
     with single_threaded_torch():
         for name, stored in b.tensors.items():
             if not stored.spec.dtype.is_floating_point or not stored.spec.numel:
@@ -57,7 +80,9 @@ def relative_distance(
             weight = stored.spec.numel / len(y)
             norm += weight * float(y.square().sum())
             difference += weight * float((x - y).square().sum())
-    return (difference / norm) ** 0.5 if norm else 0.0
+    if not norm:
+        return math.inf if difference else 0.0
+    return (difference / norm) ** 0.5
 
 
 def cosines(
@@ -65,8 +90,8 @@ def cosines(
 ) -> dict[str, Tensor]:
     """Compute the cosine between every two checkpoints, tensor by tensor.
 
-    Networks trained from one start stay at small angles; matrices of independently initialised ones are almost
-    orthogonal. A sample is enough to tell: its error is about ``sample ** -0.5``.
+    Networks trained from one start stay at small angles; matrices of independently initialised ones are
+    almost orthogonal. A sample is enough to tell: its error is about ``sample ** -0.5``.
 
     Args:
         checkpoints: K checkpoints.
@@ -88,17 +113,16 @@ def cosines(
 
 def _sampled(stored: StoredTensor, sample: int) -> Tensor:
     """Up to ``sample`` elements in float64: 16 runs, evenly spread, so that few pages are read."""
-    scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     total = stored.spec.numel
-    if total <= sample:
-        return stored.read(0, total, scratch).double() if total else torch.zeros(0, dtype=torch.float64)
-    run = sample // 16
-    starts = [round(i * (total - run) / 15) for i in range(16)]
-    return torch.cat([stored.read(start, start + run, scratch).double() for start in starts])
+    run = total if total <= sample else max(sample // 16, 1)
+    starts = [0] if total <= sample else [round(i * (total - run) / 15) for i in range(16)]
+    scratch = Scratch(run * stored.spec.dtype.itemsize)
+    return torch.cat([stored.read(start, start + run, scratch)[0].double() for start in starts])
 
 
 def _chunks(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
-    scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    scratch = Scratch(CHUNK_BYTES)
     step = CHUNK_BYTES // stored.spec.dtype.itemsize
-    for start in range(0, stored.spec.numel, step):
-        yield start, stored.read(start, min(start + step, stored.spec.numel), scratch)
+    with nullcontext() if stored.file is None else stored.file.held():
+        for start in range(0, stored.spec.numel, step):
+            yield start, stored.read(start, min(start + step, stored.spec.numel), scratch)[0]

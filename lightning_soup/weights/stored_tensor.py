@@ -1,22 +1,17 @@
 """Tensors where they lie: in a file (opened, mapped and read only when asked) or in memory.
 
-Every format reader ends in these two classes, so the kernel in :mod:`.combine` reads any checkpoint in the same way:
-a run of elements at a time, into a buffer that stays in the processor's cache.
+Every format reader ends in these two classes, so the kernel in :mod:`.combine` reads any checkpoint in the
+same way: a run of elements at a time, into a buffer that stays in the processor's cache.
 """
 
 import math
-import mmap
-import os
-import threading
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lightning_soup.errors import UnreadableCheckpoint
+from lightning_soup.weights.data_file import DataFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,69 +35,26 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-class DataFile:
-    """A file of tensor data. Nothing is opened before a first read.
+class Scratch:
+    """A buffer that is read into again and again, seen as elements of any type.
 
-    A file is opened for each read unless it is held open (:meth:`held`), so any number of checkpoints can be
-    combined without running out of file descriptors.
+    Args:
+        size: Bytes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = path.stat().st_size
-        self._descriptor: int | None = None
-        self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
+    def __init__(self, size: int) -> None:
+        self._raw = torch.empty(size, dtype=torch.uint8)
+        self._views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the file open for many reads."""
-        if self._descriptor is not None:
-            yield
-            return
-        self._descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            yield
-        finally:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``."""
-        descriptor = self._descriptor
-        if descriptor is None:
-            with self.held_once() as descriptor:
-                self._fill(descriptor, buffer, offset)
-        else:
-            self._fill(descriptor, buffer, offset)
-
-    @contextmanager
-    def held_once(self) -> Iterator[int]:
-        """Open the file for one read of this thread, without touching what other threads hold."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def _fill(self, descriptor: int, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            if count == 0:
-                raise UnreadableCheckpoint(
-                    f"{self.path}: the file ends at byte {offset + done}, but had {self.size} bytes when it was "
-                    "opened. It was truncated or replaced meanwhile; write it again and start over."
-                )
-            done += count
-
-    def mapped(self) -> mmap.mmap:
-        """The whole file, mapped copy-on-write: a caller that writes into a tensor never changes the file."""
-        with self._lock:
-            if self._map is None:
-                with open(self.path, "rb") as file:
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return self._map
+    def view(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
+        """The first ``count`` elements of a type, as a tensor and as bytes."""
+        found = self._views.get((dtype, count))
+        if found is None:
+            if len(self._views) >= 64:  # most chunks are full ones, so few sizes repeat
+                self._views.clear()
+            raw = self._raw[: count * dtype.itemsize]
+            found = self._views[dtype, count] = raw.view(dtype), raw.numpy().data
+        return found
 
 
 class FileTensor:
@@ -117,9 +69,7 @@ class FileTensor:
 
     __slots__ = ("file", "offset", "spec", "stride")
 
-    def __init__(
-        self, file: DataFile, spec: TensorSpec, offset: int, stride: tuple[int, ...] | None = None
-    ) -> None:
+    def __init__(self, file: DataFile, spec: TensorSpec, offset: int, stride: tuple[int, ...] | None = None) -> None:
         self.file = file
         self.spec = spec
         self.offset = offset
@@ -135,24 +85,20 @@ class FileTensor:
         dtype, shape = self.spec.dtype, self.spec.shape
         if not self.spec.numel:
             return torch.empty(shape, dtype=dtype)
-        span = 1 + sum((n - 1) * s for n, s in zip(shape, self.stride or (), strict=False))
-        count = span if self.stride else self.spec.numel
-        if self.offset % dtype.itemsize:  # old writers do not align: such a tensor is copied
-            raw = bytearray(count * dtype.itemsize)
-            self.file.read_into(memoryview(raw), self.offset)
-            flat = torch.frombuffer(raw, dtype=dtype)
-        else:
-            flat = torch.frombuffer(self.file.mapped(), dtype=dtype, count=count, offset=self.offset)
-        return flat.as_strided(shape, self.stride) if self.stride else flat.view(shape)
+        stride = self.stride or _row_major(shape)
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))  # from the first element to the last
+        storage = self.file.storage(self.offset, span * dtype.itemsize, dtype.itemsize)
+        return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
 
-    def read(self, start: int, stop: int, scratch: Tensor) -> Tensor:
-        """Elements ``start`` to ``stop`` in row-major order, in ``scratch`` (uint8, large enough) where possible."""
+    def read(self, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, memoryview]:
+        """Elements ``start`` to ``stop`` in row-major order, in ``scratch``: as a tensor and as bytes."""
+        dtype = self.spec.dtype
+        values, data = scratch.view(dtype, stop - start)
         if self.stride:
-            return self.tensor().reshape(-1)[start:stop]
-        width = self.spec.dtype.itemsize
-        raw = scratch[: (stop - start) * width]
-        self.file.read_into(raw.numpy().data, self.offset + start * width)
-        return raw.view(self.spec.dtype)
+            gather(self.tensor(), start, values)
+        else:
+            self.file.read_into(data, self.offset + start * dtype.itemsize)
+        return values, data
 
 
 class MemoryTensor:
@@ -162,7 +108,7 @@ class MemoryTensor:
 
     def __init__(self, value: Tensor) -> None:
         self.file = None
-        self.value = value.detach()
+        self.value = value.detach().resolve_conj().resolve_neg()
         self.spec = TensorSpec(value.dtype, tuple(value.shape))
 
     @property
@@ -176,18 +122,67 @@ class MemoryTensor:
         """The tensor itself (detached)."""
         return self.value
 
-    def read(self, start: int, stop: int, scratch: Tensor) -> Tensor:
-        """Elements ``start`` to ``stop`` in row-major order, on the CPU."""
-        return self.value.reshape(-1)[start:stop].cpu()
+    def read(self, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, memoryview]:
+        """Elements ``start`` to ``stop`` in row-major order, as in :class:`FileTensor`; a view if it can."""
+        if self.value.is_contiguous():
+            values = self.value.view(-1)[start:stop].cpu()
+            return values, values.view(torch.uint8).numpy().data
+        values, data = scratch.view(self.spec.dtype, stop - start)
+        gather(self.value, start, values)
+        return values, data
 
 
 StoredTensor = FileTensor | MemoryTensor
 
 
+def gather(source: Tensor, start: int, out: Tensor) -> None:
+    """Copy elements of a strided tensor, from ``start`` in row-major order, into 1-dimensional ``out``."""
+    done = 0
+    for index in row_major_blocks(source.shape, start, start + len(out)):
+        block = source[index]
+        out[done : done + block.numel()].view(block.shape).copy_(block)
+        done += block.numel()
+
+
+def scatter(values: Tensor, target: Tensor, start: int) -> None:
+    """Copy 1-dimensional ``values`` into any strided tensor, from ``start`` in row-major order."""
+    done = 0
+    for index in row_major_blocks(target.shape, start, start + len(values)):
+        block = target[index]
+        block.copy_(values[done : done + block.numel()].view(block.shape))
+        done += block.numel()
+
+
+def row_major_blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int | slice, ...]]:
+    """Cut a run of a row-major walk into rectangular blocks: at most two for each dimension.
+
+    Yields:
+        An index for each block; the blocks follow one another in row-major order.
+
+    Example:
+        >>> list(row_major_blocks((3, 4), 2, 9))
+        [(0, slice(2, 4, None)), (slice(1, 2, None),), (2, slice(0, 1, None))]
+    """
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    row, offset = divmod(start, inner)
+    if offset:
+        end = min(stop, (row + 1) * inner)
+        yield from ((row, *index) for index in row_major_blocks(shape[1:], offset, end - row * inner))
+        row, start = row + 1, end
+    rows = (stop - start) // inner
+    if rows > 0:
+        yield (slice(row, row + rows),)
+        row, start = row + rows, start + rows * inner
+    if start < stop:
+        yield from ((row, *index) for index in row_major_blocks(shape[1:], 0, stop - start))
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
+    return all(n == 1 or s == r for n, s, r in zip(shape, stride, _row_major(shape), strict=True))

@@ -3,15 +3,18 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_soup.errors import UnreadableCheckpoint
-from lightning_soup.weights.stored_tensor import DataFile, MemoryTensor, StoredTensor, TensorSpec
+from lightning_soup.weights.stored_tensor import MemoryTensor, Scratch, StoredTensor, TensorSpec
 
 Source = str | os.PathLike | Mapping[str, Tensor] | nn.Module
 PROVENANCE_KEY = "lightning_soup"
@@ -21,8 +24,8 @@ _HASH_CHUNK = 1 << 20
 class WeightsFile(Mapping[str, Tensor]):
     """Weights at rest: names, shapes and dtypes are known at once, data is read only when it is asked for.
 
-    Made by :func:`open_checkpoint`. Indexing gives memory-mapped tensors, which may be written to without changing
-    the file.
+    Made by :func:`open_checkpoint`. Indexing gives memory-mapped tensors. Writing into one never changes the
+    file, but does show in later accesses through this object: clone before writing.
 
     Attributes:
         label: Short name for messages and plots: the file's name.
@@ -31,8 +34,8 @@ class WeightsFile(Mapping[str, Tensor]):
             ``"torchscript"``, ``"peft adapter"`` or ``"memory"``.
         key: The entry of the file that held the weights (``"state_dict"``, ``"model"``, …), or ``None``.
         original_names: The names as they stand in the source, by cleaned name.
-        metadata: Plain values that stood beside the weights. For a Lightning file: ``hyper_parameters``, ``epoch``,
-            ``global_step``, ``callbacks``.
+        metadata: Plain values that stood beside the weights. For a Lightning file: ``hyper_parameters``,
+            ``epoch``, ``global_step``, ``callbacks``.
         dropped: Names of entries beside the weights that are objects of foreign classes and were not opened.
         tensors: The stored tensors by name, for the kernel.
     """
@@ -96,26 +99,36 @@ class WeightsFile(Mapping[str, Tensor]):
 
     @property
     def provenance(self) -> dict[str, Any] | None:
-        """How the weights were cooked, where lightning_soup wrote them."""
+        """How the weights were cooked, where lightning_soup wrote them.
+
+        Raises:
+            UnreadableCheckpoint: It was changed and is not readable any more.
+        """
         text = self.metadata.get(PROVENANCE_KEY)
-        return json.loads(text) if isinstance(text, str) else None
+        if not isinstance(text, str):
+            return None
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UnreadableCheckpoint(f"{self.path or self.label}: its provenance is damaged ({error}).") from error
+        return content if isinstance(content, dict) else None
 
     def digest(self) -> str:
         """Content hash over names, types, shapes and data (XXH3, 128 bits): equal weights have equal digests.
 
-        It does not depend on the file format. It finds changed and duplicate files; it is not a signature against
-        someone who forges one.
+        It does not depend on the file format. It finds changed and duplicate files; it is not a signature
+        against someone who forges one.
         """
-        if self._digest is None:
+        if self._digest is None or self.path is None:  # weights in memory may have changed
             hasher = xxhash.xxh3_128()
-            scratch = torch.empty(_HASH_CHUNK, dtype=torch.uint8)
+            scratch = Scratch(_HASH_CHUNK)
             for name in sorted(self.tensors):
                 tensor = self.tensors[name]
                 hasher.update(f"{name}|{tensor.spec}|".encode())
                 step = _HASH_CHUNK // tensor.spec.dtype.itemsize
-                for start in range(0, tensor.spec.numel, step):
-                    part = tensor.read(start, min(start + step, tensor.spec.numel), scratch)
-                    hasher.update(part.contiguous().view(torch.uint8).numpy().data)
+                with nullcontext() if tensor.file is None else tensor.file.held():
+                    for start in range(0, tensor.spec.numel, step):
+                        hasher.update(tensor.read(start, min(start + step, tensor.spec.numel), scratch)[1])
             self._digest = f"xxh3-128:{hasher.hexdigest()}"
         return self._digest
 
@@ -123,11 +136,12 @@ class WeightsFile(Mapping[str, Tensor]):
 def open_checkpoint(source: Source | WeightsFile, *, which: Literal["average", "raw"] = "average") -> WeightsFile:
     """Open weights of any supported format without reading them and without running code from the file.
 
-    Formats, told apart by their content and not by their suffix: safetensors; ``torch.save`` files, old and new, whose
-    weights stand at the top or under ``state_dict``, ``model``, ``model_state_dict``, ``state_dict_ema`` and the like;
-    Lightning checkpoints; TorchScript archives; folders of shards with an ``*.index.json``; PEFT adapter folders;
-    folders with one weights file; ``wandb:entity/project/artifact:version``. The wrapper prefixes ``module.`` and
-    ``_orig_mod.`` are removed from names.
+    Formats, told apart by their content and not by their suffix: safetensors; ``torch.save`` files, old and
+    new, whose weights stand at the top or under ``state_dict``, ``model``, ``model_state_dict``,
+    ``state_dict_ema`` and the like; Lightning checkpoints; TorchScript archives; folders of shards with an
+    ``*.index.json``; PEFT adapter folders; folders with one weights file;
+    ``wandb:entity/project/artifact:version``. The wrapper prefixes ``module.`` and ``_orig_mod.`` are removed
+    from names.
 
     Args:
         source: A path, a mapping from name to tensor, a module, or an opened file (returned as it is).
@@ -151,24 +165,51 @@ def open_checkpoint(source: Source | WeightsFile, *, which: Literal["average", "
     if isinstance(source, WeightsFile):
         return source
     if isinstance(source, nn.Module):
-        return _open_mapping(source.state_dict(), type(source).__name__)
+        return _open_module(source)
     if isinstance(source, Mapping):
         return _open_mapping(source, f"weights in memory ({len(source)} tensors)")
-    from lightning_soup.weights.formats import open_path  # the readers end in WeightsFile
+    from lightning_soup.weights.opening import open_path  # the readers end in WeightsFile
 
     return open_path(source, which)
 
 
+def _open_module(module: nn.Module) -> WeightsFile:
+    return _open_mapping(module_tensors(module), type(module).__name__)
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, without what modules keep there beside tensors (``get_extra_state``)."""
+    state = module.state_dict()
+    return {n: v for n, v in state.items() if isinstance(v, Tensor) or not n.endswith("_extra_state")}
+
+
 def _open_mapping(weights: Mapping[str, Tensor], label: str) -> WeightsFile:
-    wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
-    if wrong or not weights:
-        raise UnreadableCheckpoint(
-            f"{label}: expected a mapping from names to tensors, got "
-            + (f"{type(weights[wrong[0]]).__name__} under {wrong[0]!r}." if wrong else "an empty one.")
-        )
+    if not weights:
+        raise UnreadableCheckpoint(f"{label}: expected a mapping from names to tensors, got an empty one.")
+    for name, value in weights.items():
+        why = _why_not(name, value)
+        if why:
+            raise UnreadableCheckpoint(f"{label}: {name!r} {why}")
     names = clean_names(weights, label)
     tensors = {names[name]: MemoryTensor(value) for name, value in weights.items()}
     return WeightsFile(tensors, label=label, original_names={short: name for name, short in names.items()})
+
+
+def _why_not(name: object, value: object) -> str | None:
+    """Why an entry of a mapping cannot be averaged."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}; expected a mapping from names to tensors."
+    if not isinstance(name, str):
+        return "is not a string; expected a mapping from names to tensors."
+    if is_lazy(value):
+        return "has no shape yet. Run one batch through the module first."
+    if value.is_meta:
+        return "is on the meta device and has no data. Load or initialise the module first."
+    if is_traceable_wrapper_subclass(value):
+        return f"is a {type(value).__name__}, held in parts. Gather it first (full_tensor())."
+    if value.layout != torch.strided or value.is_quantized:
+        return "is sparse or quantised. Only dense, unquantised tensors can be averaged."
+    return None
 
 
 def clean_names(names: Iterable[str], label: str) -> dict[str, str]:

@@ -1,0 +1,129 @@
+"""Running through all chunks of a combination, on one thread or several."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from lightning_soup.progress import Progress
+from lightning_soup.weights.chunks import Buffers, Part, combine_chunk
+
+Writer = Callable[[int, Tensor], None]  # is given the first element's number and the values
+_HELD_FILES = 128  # more files than this are opened anew for each read
+
+
+def stream(work: Sequence[tuple[Part, Writer]], threads: int, progress: Progress) -> None:
+    """Form every chunk of every part and hand it to the part's writer.
+
+    No thread is left running when it returns or raises, so a writer's file can be closed then.
+
+    Args:
+        work: Parts and what takes their values.
+        threads: Threads at most. Which thread forms a chunk does not change its bytes.
+        progress: Shows how far it is, in chunks.
+    """
+    sized = [(part, write, part.step, part.spec.numel) for part, write in work]
+    count = sum(-(-total // step) for _, _, step, total in sized)
+    units = (
+        (part, write, start, min(start + step, total))
+        for part, write, step, total in sized
+        for start in range(0, total, step)
+    )
+    buffers = Buffers()
+
+    def do(unit: tuple[Part, Writer, int, int]) -> None:
+        part, write, start, stop = unit
+        # Inference mode is per thread. In it, tensors made in or out of inference mode may both be
+        # written to.
+        with torch.inference_mode():
+            write(start, combine_chunk(part, start, stop, buffers))
+
+    files = {id(file): file for part, _ in work for term in part.terms if (file := term.tensor.file) is not None}
+    with ExitStack() as stack:
+        for file in list(files.values())[:_HELD_FILES]:
+            stack.enter_context(file.held())
+        stack.enter_context(single_threaded_torch())
+        if min(threads, count) <= 1:
+            for unit in progress(units, "averaging", count):
+                do(unit)
+        else:
+            done = stack.enter_context(_threads(do, units, min(threads, count)))
+            for _ in progress(range(count), "averaging", count):
+                error = done.get()
+                if error is not None:
+                    raise error
+
+
+@contextmanager
+def _threads(
+    do: Callable[[tuple[Part, Writer, int, int]], None],
+    units: Iterator[tuple[Part, Writer, int, int]],
+    number: int,
+) -> Iterator["SimpleQueue[BaseException | None]"]:
+    """Start threads that each take the next unit as soon as they are free, so none waits for a slow one.
+
+    Yields:
+        A queue that gets ``None`` for each unit done, or the error that ended a thread.
+    """
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+    lock, stop = threading.Lock(), threading.Event()
+
+    def take() -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    unit = next(units, None)
+                if unit is None:
+                    return
+                do(unit)
+                done.put(None)
+        except BaseException as error:  # also Ctrl-C: it is raised again where the work was asked for
+            stop.set()
+            done.put(error)
+
+    workers = [threading.Thread(target=take, daemon=True) for _ in range(number)]
+    try:
+        for worker in workers:
+            worker.start()
+        yield done
+    finally:
+        stop.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+
+
+class _OneThread:
+    """How many are inside :func:`single_threaded_torch`, and torch's own number of threads outside."""
+
+    lock = threading.Lock()
+    inside = 0
+    outside = 1
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """Run torch operations on one thread.
+
+    On small chunks, torch's own threads cost more than they bring, and a hundredfold where another process
+    takes a core (each operation then waits a scheduler slice). Threads over chunks do not wait for one
+    another.
+
+    torch has one number of threads for the process. So it is remembered when the first of several concurrent
+    users comes in, and put back when each leaves.
+    """
+    with _OneThread.lock:
+        if not _OneThread.inside:
+            _OneThread.outside = torch.get_num_threads()
+        _OneThread.inside += 1
+        torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        with _OneThread.lock:
+            _OneThread.inside -= 1
+            torch.set_num_threads(_OneThread.outside)

@@ -1,0 +1,29 @@
+"""What every test runs under: one thread, a fixed seed, no network, and no traces of other tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skipif(True, reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _same_ground() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

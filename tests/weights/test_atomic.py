@@ -1,0 +1,114 @@
+import os
+import stat
+import threading
+
+import pytest
+
+from lightning_soup.errors import UnreadableCheckpoint, UnwritableOutput
+from lightning_soup.weights.atomic import atomic_path, check_writable
+
+
+def fail_after_writing(path, error):
+    path.write_text("half")
+    raise error
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_file_appears_only_when_it_is_complete(tmp_path):
+    target = tmp_path / "new" / "folder" / "a.txt"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent  # the same file system, so that the exchange is one step
+        temporary.write_text("first")
+        assert not target.exists()
+    assert target.read_text() == "first"
+    with atomic_path(target) as temporary:
+        temporary.write_text("second")
+        assert target.read_text() == "first"
+    assert target.read_text() == "second"
+    assert names(target.parent) == ["a.txt"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    with atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    (tmp_path / "b").write_text("x")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, UnreadableCheckpoint])
+def test_errors_come_out_as_they_are_and_leave_nothing(tmp_path, error):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(error), atomic_path(tmp_path / "a") as temporary:
+        fail_after_writing(temporary, error)
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_errors_of_writing_are_told_from_those_of_reading(tmp_path):
+    with pytest.raises(UnwritableOutput, match="the disk is full"), atomic_path(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(UnwritableOutput, match="the disk is full"), atomic_path(tmp_path / "a"):
+        raise OSError(122, "Disk quota exceeded")
+    with pytest.raises(UnwritableOutput, match="Input/output error"), atomic_path(tmp_path / "a") as temporary:
+        raise OSError(5, "Input/output error", str(temporary))
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
+        (tmp_path / "input").read_text()
+    assert names(tmp_path) == []
+
+
+def test_two_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    barrier, failed = threading.Barrier(4), []
+
+    def write(text):
+        try:
+            for _ in range(20):
+                barrier.wait()
+                with atomic_path(tmp_path / "a") as temporary:
+                    temporary.write_text(text * 1000)
+        except BaseException as error:
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert names(tmp_path) == ["a"]
+    text = (tmp_path / "a").read_text()
+    assert len(text) == 1000
+    assert len(set(text)) == 1
+
+
+def test_a_target_that_turns_into_a_folder(tmp_path):
+    with pytest.raises(UnwritableOutput, match="directory"), atomic_path(tmp_path / "a"):
+        (tmp_path / "a" / "b").mkdir(parents=True)
+    assert names(tmp_path) == ["a"]
+
+
+def test_checking_changes_nothing(tmp_path):
+    (tmp_path / "a").write_text("old")
+    check_writable(tmp_path / "a")
+    check_writable(tmp_path / "b")
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+    for path in (tmp_path, tmp_path / "a" / "b"):
+        with pytest.raises(UnwritableOutput):
+            check_writable(path)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    original = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return original(path, flags, *rest, **named)
+
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(UnwritableOutput, match=r"a\.txt: cannot be written .Permission denied.\. Choose another"):
+        atomic_path(tmp_path / "a.txt").__enter__()
