@@ -1,0 +1,60 @@
+"""What a recipe asks of the outside world: how good are these weights?"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_soup.errors import RecipeError
+
+Weights = Mapping[str, Tensor]
+
+
+class Evaluator(ABC):
+    """Judges weights on held-out data that is neither training nor test data.
+
+    Subclasses implement :meth:`score`; recipes that choose coefficients by gradient also need :meth:`batches` and
+    :meth:`loss_and_grad`.
+
+    Attributes:
+        metric: Name of the metric that is maximised or minimised.
+        mode: ``"max"`` where a larger metric is better, ``"min"`` where a smaller one is.
+    """
+
+    metric: str = "score"
+    mode: Literal["min", "max"] = "max"
+
+    @abstractmethod
+    def score(self, weights: Weights) -> float:
+        """Judge weights: **higher is always better**; a ``mode="min"`` metric is negated here and nowhere else."""
+
+    def slot(self) -> Weights | None:
+        """Tensors into which a recipe may write a candidate before it asks for its score.
+
+        This saves a copy of the model: :meth:`score` of these very tensors has nothing to load. ``None`` when there
+        are none.
+        """
+        return None
+
+    def head(self) -> tuple[str, ...]:
+        """Names of the tensors in which the outputs are linear: weight and bias of the last layer."""
+        return ()
+
+    def batches(self, epoch: int, batch_size: int) -> Iterable[Any]:
+        """The held-out data in batches, in an order that depends on ``epoch`` only."""
+        raise RecipeError(
+            f"{type(self).__name__} gives no batches, so coefficients cannot be learned by gradient with it."
+        )
+
+    def loss_and_grad(self, weights: Weights, batch: Any) -> tuple[float, dict[str, Tensor]]:
+        """The mean loss of ``batch`` and its gradient for every floating tensor that takes part."""
+        raise RecipeError(f"{type(self).__name__} gives no gradients, so coefficients cannot be learned with it.")
+
+    def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
+        """Weights whose BatchNorm statistics have been estimated anew on training data."""
+        raise RecipeError(f"{type(self).__name__} cannot recalibrate BatchNorm statistics.")
+
+    def natural(self, score: float) -> float:
+        """The metric's own value of a score: undoes the negation of ``mode="min"``."""
+        return -score if self.mode == "min" else score

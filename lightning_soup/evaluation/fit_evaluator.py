@@ -1,0 +1,96 @@
+"""Evaluating inside a running fit, without disturbing it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_soup.errors import RecipeError
+from lightning_soup.evaluation.module_evaluator import ModuleEvaluator, Split, hidden, listed
+from lightning_soup.evaluation.own_loops import quiet
+
+
+class FitEvaluator(ModuleEvaluator):
+    """Judges weights by the validation loop of a Trainer that is in ``fit``.
+
+    The fit's own validation loop runs (its precision, its metrics, its reduction over ranks), with callbacks and
+    loggers out of its sight; the Trainer's state, counters and metrics are put back. Every rank must take part, and
+    gets the same score.
+
+    Args:
+        trainer: The Trainer, in ``fit``.
+        module: Its module; its weights are overwritten.
+        metric: A metric that the validation step logs.
+        mode: ``"max"`` where larger is better, ``"min"`` where smaller is.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, metric: str, mode: Literal["min", "max"] = "max"
+    ) -> None:
+        super().__init__(module, trainer.datamodule, metric, mode, trainer)
+
+    def _check_data(self) -> None:
+        """A fit has its loaders, from a data module or not."""
+
+    def _validate(self) -> Mapping[str, Tensor]:
+        trainer = self.trainer
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        with quiet(), isolate_rng(), hidden(trainer), self._undisturbed(loop):
+            if trainer.val_dataloaders is None:
+                loop.setup_data()
+            if loop.skip:
+                raise RecipeError(
+                    "there is no validation data in this fit (limit_val_batches=0, or no val_dataloader), so nothing "
+                    "can be scored. Add validation, or use UniformSoup."
+                )
+            loop.run()
+            metrics = dict(trainer.callback_metrics)
+        if self.metric in metrics:  # the same number on every rank, NaN too, so that all decide alike
+            value = metrics[self.metric].to(trainer.strategy.root_device, torch.float64)
+            metrics[self.metric] = trainer.strategy.reduce(value, reduce_op="mean")
+        return metrics
+
+    @contextmanager
+    def _undisturbed(self, loop: Any) -> Iterator[None]:
+        """Place the module on its device, and restore every counter and metric."""
+        trainer, connector = self.trainer, self.trainer._logger_connector
+        kept = {
+            name: dict(getattr(connector, name))
+            for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+        }
+        state = trainer.state.fn, trainer.state.stage, trainer.state.status
+        progress, device = loop.state_dict(), self.module.device
+        verbose, first_iteration = loop.verbose, connector._first_loop_iter
+        loop.verbose = False
+        for name in kept:  # a metric of training is no score of a candidate
+            getattr(connector, name).clear()
+        self.module.to(trainer.strategy.root_device)
+        loop._results.to(trainer.strategy.root_device)  # the loop's teardown has moved them away
+        trainer.validating = True
+        try:
+            yield
+        finally:
+            loop.verbose = verbose
+            trainer.state.fn, trainer.state.stage, trainer.state.status = state
+            connector._first_loop_iter = first_iteration
+            loop.load_state_dict(progress)
+            loop.restarting = False
+            for name, values in kept.items():
+                metrics = getattr(connector, name)
+                metrics.clear()
+                metrics.update(values)
+            loop._results.cpu()
+            self.module.to(device)
+
+    def loaders(self, split: Split) -> list[Any]:
+        """The fit's own validation loaders; other splits as outside a fit."""
+        if split != "select":
+            return super().loaders(split)
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        if self.trainer.val_dataloaders is None:
+            loop.setup_data()
+        return listed(self.trainer.val_dataloaders)

@@ -1,0 +1,119 @@
+"""What can be said of ingredients before any of them is evaluated."""
+
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_soup.errors import RecipeError
+from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
+from lightning_soup.weights.compatibility import check_compatible, is_head
+from lightning_soup.weights.geometry import cosines
+from lightning_soup.weights.weights_file import Source, WeightsFile
+
+CommonStart = Literal["require", "ignore"]
+_UNRELATED = 0.5  # cosine; fine-tunes of one start lie above 0.9, independent random matrices near 0
+_COMPARED = 24  # matrices that are sampled, spread over the depth of the network
+
+
+def check_ingredients(
+    ingredients: Sequence[Ingredient | Source | WeightsFile], common_start: CommonStart = "require"
+) -> tuple[tuple[Ingredient, ...], tuple[str, ...]]:
+    """Check ingredients before anything is evaluated.
+
+    Args:
+        ingredients: Checkpoints or ingredients.
+        common_start: ``"require"`` refuses networks that cannot come from one starting point; ``"ignore"`` skips that
+            check.
+
+    Returns:
+        The ingredients with unique labels, and notes for the user: duplicates, and heads that were initialised
+        independently. Each note is also given as a warning.
+
+    Raises:
+        RecipeError: Fewer than two ingredients, or ingredients without a common start.
+        IncompatibleIngredients: Their tensors differ.
+    """
+    found = as_ingredients(ingredients)
+    if len(found) < 2:
+        given = f"one ({found[0].name})" if found else "none"
+        raise RecipeError(
+            f"a soup needs at least two ingredients, got {given}. Add checkpoints of other runs or steps."
+        )
+    check_compatible([ingredient.weights for ingredient in found])
+    notes = [
+        f"{item.name} is itself a soup ({item.weights.provenance.get('recipe')}). Is it meant to be an ingredient?"
+        for item in found
+        if item.weights.provenance
+    ]
+    notes += _duplicates(found)
+    if common_start == "require":
+        notes += _unrelated(found)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return tuple(found), tuple(notes)
+
+
+def _duplicates(ingredients: Sequence[Ingredient]) -> list[str]:
+    seen: dict[str, str] = {}
+    notes = []
+    for ingredient in ingredients:
+        digest = ingredient.weights.digest()
+        if digest in seen:
+            notes.append(f"{ingredient.name} and {seen[digest]} hold the same weights: together they count twice.")
+        seen.setdefault(digest, ingredient.name)
+    return notes
+
+
+def _unrelated(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Refuse networks from different random starts; note heads that only the head's own cosine gives away."""
+    specs = ingredients[0].weights.specs
+    matrices = [n for n, s in specs.items() if s.dtype.is_floating_point and s.numel > max(s.shape, default=1)]
+    if len(matrices) < 2:  # nothing to compare the parts of a network by
+        return []
+    heads = [name for name in matrices if is_head(name)]
+    body = [name for name in matrices if name not in heads] or matrices
+    spread = body[:: max(1, len(body) // _COMPARED)]
+    found = cosines([ingredient.weights for ingredient in ingredients], [*spread, *heads])
+    names = [ingredient.name for ingredient in ingredients]
+    for i in range(1, len(names)):
+        if not torch.isfinite(torch.stack([found[name][0, i] for name in spread])).all():
+            continue  # the kernel says which tensor of which file is not finite
+        middle = statistics.median(float(found[name][0, i]) for name in spread)
+        if middle < _UNRELATED:
+            raise RecipeError(
+                f"{names[0]} and {names[i]} have no common start: the median cosine between their weight matrices is "
+                f"{middle:.2f} (fine-tunes of one model lie above 0.9). The average of networks from different random "
+                "initialisations is worse than any of them. Fine-tune all ingredients from one checkpoint, or pass "
+                "common_start='ignore' to cook anyway."
+            )
+    return _parts_apart(names, heads, spread, found)
+
+
+def _parts_apart(
+    names: Sequence[str], heads: Sequence[str], spread: Sequence[str], found: Mapping[str, Tensor]
+) -> list[str]:
+    """Notes on parts that do not come from one start although the network as a whole does."""
+    notes, apart = [], []
+    for tensor in [*heads, *spread]:
+        to_first = found[tensor][0]
+        lowest = min(range(1, len(names)), key=lambda i, row=to_first: float(row[i]))
+        cosine = float(to_first[lowest])
+        if not (cosine < _UNRELATED and float(to_first[0]) > _UNRELATED):  # all zero: no angle to speak of
+            continue
+        if tensor in heads:
+            notes.append(
+                f"the head {tensor!r} differs between {names[0]} and {names[lowest]} (cosine {cosine:.2f}): heads that "
+                "were initialised independently. Start all fine-tunes from one head (zero-shot or linear probe)."
+            )
+        else:
+            apart.append(f"{tensor} ({names[0]} and {names[lowest]}, cosine {cosine:.2f})")
+    if apart:
+        notes.append(
+            f"{len(apart)} of {len(spread)} compared matrices have little in common, as if they were initialised "
+            f"independently: {', '.join(apart[:3])}{' …' if len(apart) > 3 else ''}. Start all runs from one file."
+        )
+    return notes

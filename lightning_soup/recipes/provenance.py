@@ -1,0 +1,140 @@
+"""How a soup was made, as plain values that travel in its file, and cooking the same bytes again from them."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_soup import __version__
+from lightning_soup.errors import RecipeError
+from lightning_soup.progress import Progress, silent
+from lightning_soup.recipes.recipe import Soup, write_combination
+from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
+
+if TYPE_CHECKING:
+    from lightning_soup.recipes.ingredient import Ingredient
+
+
+def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
+    """What is written into a soup's file. It holds no date, so the same soup gives the same bytes.
+
+    Args:
+        soup: The soup.
+        folder: Folder of the file; ingredients are named relative to it, so that the whole tree may be moved.
+    """
+    return {
+        "recipe": soup.recipe,
+        "coefficients": soup.coefficients if isinstance(soup.coefficients, dict) else list(soup.coefficients),
+        "shares": list(soup.shares()),
+        "accumulate": soup.accumulate,
+        "ingredients": [_describe(ingredient, folder) for ingredient in soup.ingredients],
+        "metric": soup.metric,
+        "mode": soup.mode,
+        "score": soup.score,
+        "history": [
+            {
+                "label": trial.label,
+                "score": trial.score,
+                "kept": trial.kept,
+                "reason": trial.reason,
+                "values": dict(trial.values),
+            }
+            for trial in soup.history
+        ],
+        "notes": list(soup.notes),
+        "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _describe(ingredient: "Ingredient", folder: Path) -> dict[str, Any]:
+    opened = ingredient.weights
+    source = str(ingredient.source)
+    found: dict[str, Any] = {
+        "label": ingredient.name,
+        "source": None if opened.path is None else os.path.relpath(opened.path, folder),
+        "digest": opened.digest(),
+        "step": ingredient.step,
+        "metrics": {name: float(value) for name, value in ingredient.metrics.items()},
+        "hparams": {name: value for name, value in ingredient.hparams.items() if _is_plain(value)},
+    }
+    if source.startswith("wandb:"):
+        found["artifact"] = source
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, progress: Progress = silent) -> Path:
+    """Cook a soup again from its provenance, and check that it is the same.
+
+    Args:
+        path: A soup that lightning_soup saved.
+        output: Where to write it; beside the original, as ``<name>.recooked<suffix>``, by default.
+        progress: Shows how far it is.
+
+    Returns:
+        The path of the new file.
+
+    Raises:
+        RecipeError: The file has no provenance, or an ingredient is missing or has changed; all such are named.
+    """
+    original = open_checkpoint(path)
+    record = original.provenance
+    if original.path is None or record is None or "ingredients" not in record:
+        raise RecipeError(
+            f"{path}: was not cooked by lightning_soup (it holds no provenance), so it cannot be recooked."
+        )
+    folder = original.path.parent
+    opened, problems = [], []
+    for item in record["ingredients"]:
+        try:
+            opened.append(_unchanged(item, folder))
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError(f"{path}: cannot be recooked.\n  " + "\n  ".join(problems))
+    target = Path(output) if output is not None else original.path.with_suffix(f".recooked{original.path.suffix}")
+    like = original if target.suffix != ".safetensors" else None
+    if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
+        for item, file in zip(record["ingredients"], opened, strict=True):
+            item["source"] = os.path.relpath(file.path, target.parent) if file.path else None
+    write_combination(
+        opened,
+        record["coefficients"],
+        target,
+        provenance=record,
+        accumulate=record["accumulate"],
+        like=like,
+        progress=progress,
+    )
+    if open_checkpoint(target).digest() != original.digest():
+        warnings.warn(
+            f"{target}: the weights differ from those in {path}. The ingredients are the same, so {path} was changed "
+            f"after it was cooked, or written with other versions ({record.get('versions')}).",
+            stacklevel=2,
+        )
+    return target
+
+
+def _unchanged(item: Mapping[str, Any], folder: Path) -> WeightsFile:
+    source = item.get("artifact") or (item["source"] and folder / item["source"])
+    if not source:
+        raise RecipeError(f"{item['label']}: was in memory only, so it cannot be opened again.")
+    if isinstance(source, Path) and not source.exists():
+        raise RecipeError(f"{item['label']}: {source} does not exist any more.")
+    opened = open_checkpoint(source)
+    opened.label = item["label"]
+    if opened.digest() != item["digest"]:
+        raise RecipeError(
+            f"{item['label']}: {source} has changed since (digest {opened.digest()}, was {item['digest']})."
+        )
+    return opened

@@ -1,0 +1,237 @@
+"""Recipes choose coefficients; a soup is what they chose, with the record of how."""
+
+import copy
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_soup.errors import RecipeError
+from lightning_soup.evaluation.evaluator import Evaluator
+from lightning_soup.progress import Progress, silent
+from lightning_soup.recipes.checks import CommonStart
+from lightning_soup.recipes.ingredient import Ingredient
+from lightning_soup.weights.combine import combine
+from lightning_soup.weights.save import save_weights
+from lightning_soup.weights.weights_file import PROVENANCE_KEY, Source, WeightsFile, open_checkpoint
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = tuple[float, ...]
+
+
+class Recipe(ABC):
+    """Chooses coefficients for a list of ingredients.
+
+    Recipes are frozen dataclasses, so each is a YAML node: ``{class_path: GreedySoup, init_args: {strict: true}}``.
+
+    Attributes:
+        needs_evaluator: Whether it chooses by score, and so cannot cook from files alone.
+        common_start: Whether ingredients without a common start are refused; see :func:`.check_ingredients`.
+    """
+
+    needs_evaluator: ClassVar[bool] = False
+    common_start: CommonStart = "require"
+
+    def without_start_check(self) -> "Recipe":
+        """The same recipe for checkpoints that are known to come from one start: those of one run."""
+        free = copy.copy(self)
+        object.__setattr__(free, "common_start", "ignore")
+        return free
+
+    @abstractmethod
+    def cook(
+        self,
+        ingredients: Sequence[Ingredient | Source | WeightsFile],
+        evaluator: Evaluator | None = None,
+        progress: Progress = silent,
+    ) -> "Soup":
+        """Choose coefficients.
+
+        Args:
+            ingredients: At least two checkpoints with the same tensors.
+            evaluator: Judges candidates on held-out data; some recipes do without.
+            progress: Shows how far it is.
+
+        Raises:
+            RecipeError: The recipe cannot be cooked from these ingredients or without an evaluator.
+            IncompatibleIngredients: Their tensors differ.
+        """
+
+    def __str__(self) -> str:
+        """The recipe as it was called, without arguments that are at their defaults."""
+        if not is_dataclass(self):
+            return type(self).__name__
+        changed = []
+        for option in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, option.name)
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if value != default:
+                changed.append(f"{option.name}={value}")
+        return f"{type(self).__name__}({', '.join(changed)})" if changed else type(self).__name__
+
+
+def require_evaluator(recipe: Recipe, evaluator: Evaluator | None) -> Evaluator:
+    """The evaluator, or an error for a recipe that cannot do without."""
+    if evaluator is None:
+        raise RecipeError(
+            f"{type(recipe).__name__} chooses by score, so it needs an evaluator: a module and validation data. "
+            "Give them (--config, --model, --data on the command line), or use UniformSoup."
+        )
+    return evaluator
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate that a recipe tried.
+
+    Attributes:
+        label: What was tried: the ingredient that was added, or the setting.
+        score: Its score, higher is better.
+        kept: Whether it was taken; ``None`` where there was no such choice.
+        reason: Why, in words.
+        values: Numbers that belong to it, such as ``before``, ``distance``, ``alpha``.
+    """
+
+    label: str
+    score: float | None
+    kept: bool | None = None
+    reason: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Soup:
+    """The result of a recipe: coefficients, and how they were found.
+
+    Attributes:
+        recipe: The recipe as it was called, for example ``GreedySoup(strict=True)``.
+        ingredients: What it was cooked from, in the order of the coefficients.
+        coefficients: One number per ingredient, or such a row per tensor name or pattern.
+        score: Score of the soup on the selection data, higher is better; ``None`` without an evaluator.
+        metric: The metric behind the score.
+        mode: Whether the metric itself is maximised or minimised.
+        history: What was tried, in order.
+        notes: What the user should know: duplicates, independently initialised heads, …
+        accumulate: Type of the kernel's accumulator.
+    """
+
+    recipe: str
+    ingredients: tuple[Ingredient, ...]
+    coefficients: Row | dict[str, Row]
+    score: float | None = None
+    metric: str | None = None
+    mode: Literal["min", "max"] = "max"
+    history: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
+    accumulate: Literal["float32", "float64"] = "float32"
+
+    def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The combined weights, in a new dictionary or written into ``out``."""
+        result = combine(self._sources, self.coefficients, out, accumulate=self.accumulate)
+        assert isinstance(result, dict)
+        return result
+
+    def rated(self, evaluator: Evaluator | None) -> "Soup":
+        """This soup with the evaluator's score, metric and mode; unchanged where there is no evaluator."""
+        if evaluator is None:
+            return self
+        weights = combine(self._sources, self.coefficients, evaluator.slot(), accumulate=self.accumulate)
+        return replace(self, score=evaluator.score(weights), metric=evaluator.metric, mode=evaluator.mode)
+
+    def apply_to(self, module: nn.Module) -> None:
+        """Write the combined weights into a module, in place."""
+        self.weights(module)
+
+    def save(
+        self, path: str | os.PathLike, *, like: Source | WeightsFile | None = None, progress: Progress = silent
+    ) -> Path:
+        """Write the soup with its provenance: ``lightning-soup show`` prints it, ``recook`` cooks it again.
+
+        Args:
+            path: ``.safetensors`` (streamed, so memory stays small), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin``.
+            like: Checkpoint whose shape a torch file keeps; the first ingredient by default.
+            progress: Shows how far it is.
+
+        Returns:
+            The path.
+
+        Raises:
+            UnwritableOutput: It cannot be written.
+            NonFiniteWeights: An ingredient holds a NaN.
+        """
+        from lightning_soup.recipes.provenance import provenance_of
+
+        return write_combination(
+            self._sources,
+            self.coefficients,
+            path,
+            provenance=provenance_of(self, Path(path).parent),
+            accumulate=self.accumulate,
+            like=like,
+            progress=progress,
+        )
+
+    def shares(self) -> Row:
+        """One coefficient per ingredient: the coefficients, or their mean over elements where tensors differ."""
+        if not isinstance(self.coefficients, dict):
+            return self.coefficients
+        from lightning_soup.weights.coefficients import coefficient_rows
+
+        specs = self._sources[0].specs
+        rows = coefficient_rows(specs, self.coefficients, len(self.ingredients))
+        floating = {name: spec.numel for name, spec in specs.items() if spec.dtype.is_floating_point}
+        weight = torch.tensor(list(floating.values()), dtype=torch.float64)
+        values = torch.tensor([rows[name] for name in floating], dtype=torch.float64)
+        return tuple((weight @ values / weight.sum()).tolist())
+
+    def table(self) -> "Table":
+        """The ingredients with their coefficients, as a rich table."""
+        from rich.table import Table
+
+        title = self.recipe if self.score is None else f"{self.recipe}: {self.metric} {self.natural_score:.4f}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("ingredient", overflow="fold")
+        table.add_column("coefficient", justify="right")
+        table.add_column("")
+        shares = self.shares()
+        longest = max(abs(share) for share in shares)
+        for ingredient, share in zip(self.ingredients, shares, strict=True):
+            table.add_row(ingredient.name, f"{share:.4f}", "█" * round(24 * abs(share) / longest))
+        return table
+
+    @property
+    def natural_score(self) -> float | None:
+        """The score as the metric's own value."""
+        return None if self.score is None else (-self.score if self.mode == "min" else self.score)
+
+    @property
+    def _sources(self) -> list[WeightsFile]:
+        return [ingredient.weights for ingredient in self.ingredients]
+
+
+def write_combination(
+    checkpoints: Sequence[WeightsFile],
+    coefficients: Sequence[float] | Mapping[str, Sequence[float]],
+    path: str | os.PathLike,
+    *,
+    provenance: Mapping[str, Any],
+    accumulate: Literal["float32", "float64"] = "float32",
+    like: Source | WeightsFile | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Combine checkpoints into a file of any format; a torch file takes the shape of ``like`` or the first one."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        stamp = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}
+        combine(checkpoints, coefficients, path, accumulate=accumulate, metadata=stamp, progress=progress)
+        return path
+    weights = combine(checkpoints, coefficients, accumulate=accumulate, progress=progress)
+    return save_weights(weights, path, like=open_checkpoint(like or checkpoints[0]), provenance=provenance)

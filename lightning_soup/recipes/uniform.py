@@ -1,0 +1,58 @@
+"""The uniform soup: the plain mean of all ingredients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_soup.errors import RecipeError
+from lightning_soup.evaluation.evaluator import Evaluator
+from lightning_soup.progress import Progress, silent
+from lightning_soup.recipes.checks import CommonStart, check_ingredients
+from lightning_soup.recipes.ingredient import Ingredient
+from lightning_soup.recipes.recipe import Recipe, Soup
+from lightning_soup.weights.weights_file import Source, WeightsFile
+
+
+@dataclass(frozen=True)
+class UniformSoup(Recipe):
+    """θ_S = (1/k) Σᵢ θᵢ, or Σᵢ wᵢ θᵢ with given weights.
+
+    Needs no evaluation. The right first choice for fine-tunes of about equal quality; one bad ingredient (a learning
+    rate ten times too high) spoils it, which :class:`.GreedySoup` avoids.
+
+    Args:
+        weights: One weight per ingredient; equal by default.
+        normalize: Divide ``weights`` by their sum. Switch it off to use them as they are.
+        common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
+
+    Raises:
+        RecipeError: The weights do not fit the ingredients, or add up to zero.
+
+    Source: Wortsman et al., Model soups, ICML 2022 (arXiv 2203.05482), section 2.
+    """
+
+    weights: list[float] | None = None
+    normalize: bool = True
+    common_start: CommonStart = "require"
+
+    def cook(
+        self,
+        ingredients: Sequence[Ingredient | Source | WeightsFile],
+        evaluator: Evaluator | None = None,
+        progress: Progress = silent,
+    ) -> Soup:
+        """Average the ingredients; see :meth:`.Recipe.cook`. With an evaluator, the soup is scored once."""
+        found, notes = check_ingredients(ingredients, self.common_start)
+        coefficients = self._coefficients(len(found))
+        return Soup(str(self), found, coefficients, notes=notes).rated(evaluator)
+
+    def _coefficients(self, count: int) -> tuple[float, ...]:
+        if self.weights is None:
+            return (1.0 / count,) * count
+        if len(self.weights) != count:
+            raise RecipeError(f"UniformSoup: {len(self.weights)} weights given for {count} ingredients.")
+        total = sum(self.weights) if self.normalize else 1.0
+        if total == 0.0:
+            raise RecipeError(
+                f"UniformSoup: the weights {self.weights} add up to zero; pass normalize=False to use them."
+            )
+        return tuple(weight / total for weight in self.weights)
