@@ -1,0 +1,28 @@
+"""Data modules: handwritten digits that need no network, image folders, and torchvision's sets.
+
+Each name is imported when it is first used, since Lightning and torchvision are slow to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_soup.data.handwriting import Affine as Affine
+    from lightning_soup.data.handwriting import HandwritingDataModule as HandwritingDataModule
+    from lightning_soup.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_soup.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
+    from lightning_soup.data.transforms import Augmentation as Augmentation
+
+_HOME = {
+    "Affine": "handwriting",
+    "Augmentation": "transforms",
+    "HandwritingDataModule": "handwriting",
+    "ImageFolderDataModule": "image_folder",
+    "TorchvisionDataModule": "torchvision_sets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

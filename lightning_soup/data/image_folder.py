@@ -1,0 +1,146 @@
+"""ImageFolderDataModule: your own images, one folder per class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_soup.data.transforms import DEFAULT_AUGMENTATION, Augmentation, Preprocessing
+from lightning_soup.data.vision import VisionDataModule, map_classes
+from lightning_soup.errors import UnsupportedSetup
+
+__all__ = ["ImageFolderDataModule", "open_folder"]
+
+
+class ImageFolderDataModule(VisionDataModule):
+    """Images in folders: ``root/train/<class>/*.jpg``, and the same for validation, test and shifted test sets.
+
+    Classes are numbered in the alphabetical order of the training folders, and every other set is matched to them
+    by name.
+
+    Args:
+        root: The folder that holds the sets.
+        train: Training folder, inside ``root``.
+        val: Validation folder. Where there is none, ``val_fraction`` of the training images is held out.
+        test: Test folder. It is only needed for testing.
+        shifted: More test sets, which are scored beside the main one: sketches, another camera, another hospital. A
+            list of folders (inside ``root``, or anywhere), or a mapping from a short name to a folder. They may
+            lack classes.
+        model_name: The timm model to be trained; the size and normalisation of the images follow from it.
+        img_size: Side of the images, instead of the model's. This or ``model_name`` is needed.
+        mean: Mean of the three channels, instead of the model's.
+        std: Deviation of the three channels, instead of the model's.
+        augmentation: Random changes of the training images.
+        val_fraction: Share of the training images held out where there is no validation folder.
+        seed: Decides which these are.
+        batch_size: Images per batch.
+        num_workers: Loader processes.
+
+    Raises:
+        UnsupportedSetup: A folder is missing or has no images in a class, classes disagree, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: str = "train",
+        val: str = "val",
+        test: str = "test",
+        shifted: list[str] | dict[str, str] | None = None,
+        model_name: str | None = None,
+        img_size: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        augmentation: Augmentation = DEFAULT_AUGMENTATION,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 4,
+    ):
+        preprocessing = Preprocessing(model_name, img_size, mean, std)
+        super().__init__(preprocessing, augmentation, val_fraction, seed, batch_size, num_workers)
+        self.root, self.train, self.val, self.test = Path(root), train, val, test
+        self.shifted = name_sets(shifted)
+        self.test_names = ["test", *self.shifted]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the training folders, in alphabetical order."""
+        return class_folders(self.root / self.train)
+
+    def open_train(self) -> tuple[Dataset, None]:
+        """The training folder."""
+        return open_folder(self.root / self.train), None
+
+    def open_val(self) -> tuple[Dataset, dict[int, int] | None] | None:
+        """The validation folder, or None without one."""
+        folder = self.root / self.val
+        return self._open(folder, subset=False) if folder.is_dir() else None
+
+    def open_tests(self) -> list[tuple[Dataset, None, dict[int, int] | None]]:
+        """The test folder and the shifted ones."""
+        folders = [(self.root / self.test, False), *((self.root / path, True) for path in self.shifted.values())]
+        opened = [self._open(folder, subset) for folder, subset in folders]
+        return [(images, None, class_map) for images, class_map in opened]
+
+    def _open(self, folder: Path, subset: bool) -> tuple[Dataset, dict[int, int] | None]:
+        class_map = map_classes(class_folders(folder), self.class_names, str(folder), subset=subset)
+        return open_folder(folder), class_map
+
+
+def name_sets(shifted: Sequence[str] | dict[str, str] | None) -> dict[str, str]:
+    """Give every shifted set a short name: its own, or the last part of its path.
+
+    Raises:
+        UnsupportedSetup: Two sets have one name, or one is called ``test``.
+    """
+    if isinstance(shifted, dict):
+        named = list(shifted.items())
+    else:
+        named = [(Path(source).name, source) for source in shifted or []]
+    names = [name for name, _ in named]
+    twice = sorted({name for name in names if names.count(name) > 1 or name == "test"})
+    if twice:
+        raise UnsupportedSetup(
+            f"Two test sets are named {', '.join(twice)} (the main one is named test). Give the shifted sets as a "
+            "mapping from different names to their places."
+        )
+    return dict(named)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders of a set, in alphabetical order.
+
+    Raises:
+        UnsupportedSetup: The folder is missing, or has no folders in it.
+    """
+    if not folder.is_dir():
+        beside = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+        there = f"{folder.parent} has: {', '.join(beside) or 'no folders'}." if folder.parent.is_dir() else ""
+        raise UnsupportedSetup(f"There is no folder {folder}. {there} Name the right one, or make it.")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not names:
+        raise UnsupportedSetup(
+            f"{folder} has no folders in it. Expected one folder per class, with the images of the class inside."
+        )
+    return names
+
+
+def open_folder(folder: Path) -> ImageFolder:
+    """Open a folder of class folders.
+
+    Raises:
+        UnsupportedSetup: A class has no images.
+    """
+    names = class_folders(folder)
+    images = ImageFolder(str(folder), allow_empty=True)
+    filled = set(images.targets)
+    empty = [name for number, name in enumerate(names) if number not in filled]
+    if empty:
+        raise UnsupportedSetup(
+            f"No images in these class folders of {folder}: {', '.join(empty)}. Remove them or add images "
+            f"({', '.join(IMG_EXTENSIONS)})."
+        )
+    return images

@@ -1,0 +1,77 @@
+"""Starting a timm model from a checkpoint of any format."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.weights.weights_file import open_checkpoint
+
+__all__ = ["load_initial_weights"]
+
+_PREFIX = "model."  # where ImageClassifier keeps its timm model
+
+
+def load_initial_weights(model: nn.Module, path: str | Path, reset_head: bool = False) -> None:
+    """Copy the weights of a checkpoint into a timm model.
+
+    Args:
+        model: The model.
+        path: A checkpoint in any format that :func:`open_checkpoint` opens: of an ``ImageClassifier`` (a Lightning
+            checkpoint, a soup), or of the bare timm model.
+        reset_head: Leave the classifier's last layer as it was initialised.
+
+    Raises:
+        UnreadableCheckpoint: The file cannot be opened.
+        UnsupportedSetup: The checkpoint's tensors are not those of the model; lists them.
+    """
+    weights = open_checkpoint(path)
+    own = model.state_dict()
+    # Name in the model -> name in the file.
+    names = {name.removeprefix(_PREFIX): name for name in weights if name.startswith(_PREFIX)}
+    if not names.keys() & own.keys():
+        names = {name: name for name in weights}
+    head = {name for name in own if name.startswith(_head_prefixes(model))}
+    if reset_head:
+        wanted = own.keys() - head
+        names = {name: stored for name, stored in names.items() if not name.startswith(_head_prefixes(model))}
+    else:
+        wanted = own.keys()
+    shapes = {name: tuple(weights.specs[stored].shape) for name, stored in names.items()}
+    wrong = {name for name in wanted & names.keys() if shapes[name] != tuple(own[name].shape)}
+    # Files from before BatchNorm counted its batches lack the counter; it is not used in fine-tuning.
+    missing = {name for name in wanted - names.keys() if not name.endswith("num_batches_tracked")}
+    unknown = names.keys() - own.keys()
+    if wrong and wrong <= head and not missing and not unknown:
+        raise UnsupportedSetup(_head_message(path, wrong, own, shapes))
+    if wrong or missing or unknown:
+        lines = [
+            *(f"  {name}: shape {shapes[name]}, expected {tuple(own[name].shape)}" for name in sorted(wrong)),
+            *(f"  {name}: not in the file" for name in sorted(missing)),
+            *(f"  {name}: not in the model" for name in sorted(unknown)),
+        ]
+        raise UnsupportedSetup(
+            f"{path} does not fit the model, {len(lines)} tensors disagree:\n"
+            + "\n".join(lines[:10])
+            + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")
+            + "\nBuild the model as the checkpoint's was built: model_name, img_size, in_chans, model_args."
+        )
+    model.load_state_dict({name: weights[stored] for name, stored in names.items()}, strict=False)
+
+
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{layer}." for layer in layers)
+
+
+def _head_message(
+    path: str | Path, wrong: Collection[str], own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    name = min(wrong, key=lambda name: -own[name].ndim)  # the matrix says it best
+    return (
+        f"{path} has a head for {shapes[name][0]} classes ({name}: {shapes[name]}), but the model one for "
+        f"{own[name].shape[0]} ({tuple(own[name].shape)}). Pass reset_head=True to keep all other weights and start "
+        f"the head anew, or num_classes={shapes[name][0]}."
+    )

@@ -1,0 +1,64 @@
+"""Parameter groups and the learning-rate schedule of fine-tuning."""
+
+import math
+
+from torch import nn
+
+from lightning_soup.errors import UnsupportedSetup
+
+__all__ = ["parameter_groups", "warmup_cosine", "warmup_steps"]
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float | None) -> list[dict]:
+    """Groups for the optimizer: no weight decay on biases, norms and embeddings of position; lower rates below.
+
+    Layer l of L gets the rate lr · layer_decay^(L − l), the head being layer L (Bao et al. 2022, BEiT).
+
+    Args:
+        model: A timm model: it names the parameters without decay and the order of its layers.
+        lr: Rate of the last layer, and of all of them without ``layer_decay``.
+        weight_decay: For the parameters that have any.
+        layer_decay: Factor between one layer and the next; None: one rate for all.
+    """
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if layer_decay is None:
+        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
+    groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+    # timm leaves the scale for its own schedulers to apply; those of torch start from each group's rate.
+    return [{**group, "lr": lr * group["lr_scale"]} for group in groups]
+
+
+def warmup_steps(warmup: int | float, total_steps: int | float) -> int:
+    """Steps of warm-up: as given where it is a whole number, else that fraction of the total.
+
+    Raises:
+        UnsupportedSetup: A fraction of a training without an end.
+    """
+    if isinstance(warmup, int):
+        return warmup
+    if math.isinf(total_steps):
+        raise UnsupportedSetup(
+            f"warmup={warmup} is a fraction of the training, but the Trainer has no last step (max_steps=-1 with no "
+            "max_epochs, or a data set without a length). Set trainer.max_steps, or give warmup as a number of steps."
+        )
+    return round(warmup * total_steps)
+
+
+def warmup_cosine(step: int, warmup: int, total_steps: int | float) -> float:
+    """Factor of the learning rate: linear rise over ``warmup`` steps, then half a cosine down to 0 at the end.
+
+    Step 0 already learns, with 1/``warmup`` of the rate. A training without an end keeps the full rate.
+
+    Args:
+        step: Optimizer steps made so far.
+        warmup: Steps of the rise.
+        total_steps: Steps of the training; may be infinite.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if math.isinf(total_steps):
+        return 1.0
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    return 0.5 * (1 + math.cos(math.pi * progress))
