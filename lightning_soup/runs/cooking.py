@@ -1,0 +1,104 @@
+"""Cooking several recipes from the same ingredients, and measuring everything that a report compares."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
+from lightning_soup.evaluation.outcomes import Outcome, ensemble
+from lightning_soup.progress import Progress, silent
+from lightning_soup.recipes import Ingredient, Recipe, Soup
+from lightning_soup.recipes.interpolated import for_recipe, interpolate
+from lightning_soup.runs.report import Entry, SoupReport
+from lightning_soup.weights.combine import combine
+
+ALPHAS = tuple(i / 10 for i in range(11))
+
+
+def cook_all(
+    recipes: Sequence[Recipe],
+    ingredients: Sequence[Ingredient],
+    evaluator: ModuleEvaluator,
+    init: Ingredient | None = None,
+    progress: Progress = silent,
+) -> dict[str, Soup]:
+    """Cook each recipe from the same ingredients.
+
+    Args:
+        recipes: The recipes.
+        ingredients: The ingredients.
+        evaluator: Judges on the selection split; each ingredient is scored once for all recipes.
+        init: The weights that all ingredients started from: the first ingredient of :class:`.InterpolatedSoup`.
+        progress: Shows how far it is.
+
+    Returns:
+        The soups by the recipe as it was called.
+
+    Raises:
+        RecipeError: An interpolation without ``init``.
+    """
+    return {str(recipe): recipe.cook(for_recipe(recipe, ingredients, init), evaluator, progress) for recipe in recipes}
+
+
+def measure(
+    soups: Mapping[str, Soup],
+    ingredients: Sequence[Ingredient],
+    evaluator: ModuleEvaluator,
+    init: Ingredient | None = None,
+    *,
+    saved: Mapping[str, Path] | None = None,
+    title: str = "Model soup",
+    commands: Sequence[str] = (),
+    progress: Progress = silent,
+) -> SoupReport:
+    """Measure ingredients, soups, the logit ensemble and the WiSE-FT curve on the test sets.
+
+    The selection scores come from validation data; the test sets are used here only, and choose nothing.
+
+    Args:
+        soups: The soups by label.
+        ingredients: Their ingredients.
+        evaluator: Judges them.
+        init: The weights that all ingredients started from; with it, the curve to the first soup is measured.
+        saved: Files of the soups that were saved, by label.
+        title: Heading of the report.
+        commands: How to make the report again.
+        progress: Shows how far it is.
+    """
+    single: list[Outcome | Mapping[str, Outcome]] = []
+    entries: list[Entry] = []
+    for item in progress(ingredients, "testing ingredients", len(ingredients)):
+        outcomes = evaluator.outcomes(item.weights)
+        single.append(outcomes)
+        score = evaluator.score(item.weights)
+        digest = item.weights.digest()
+        entries.append(Entry(item.name, "ingredient", outcomes, score, hparams=item.hparams, digest=digest))
+    if init is not None:
+        outcomes = evaluator.outcomes(init.weights)
+        entries.append(Entry(init.name, "init", outcomes, evaluator.score(init.weights), digest=init.weights.digest()))
+    for label, soup in progress(soups.items(), "testing soups", len(soups)):
+        outcomes = evaluator.outcomes(soup.weights(evaluator.slot()))
+        entries.append(Entry(label, "soup", outcomes, soup.score, soup=soup, path=(saved or {}).get(label)))
+    names = list(single[0])
+    together = {name: ensemble(outcomes[name] for outcomes in single) for name in names}
+    entries.append(Entry("logit ensemble", "ensemble", together))
+    if init is not None:
+        entries += progress(_curve(soups, init, evaluator), "testing the WiSE-FT curve", len(ALPHAS))
+    notes = list(dict.fromkeys(note for soup in soups.values() for note in soup.notes))
+    return SoupReport(title, entries, evaluator.metric, evaluator.mode, notes=notes, commands=commands)
+
+
+def _curve(soups: Mapping[str, Soup], init: Ingredient, evaluator: ModuleEvaluator) -> Iterator[Entry]:
+    """Points on the line from the start to the first soup that is not itself an interpolation, or to the end of one."""
+    plain = [(label, soup) for label, soup in soups.items() if soup.ingredients[0] is not init]
+    for label, soup in (plain or list(soups.items()))[:1]:
+        others, fine_tuned = soup.ingredients, soup.coefficients
+        if not plain:
+            others, (start, *rest) = others[1:], soup.shares()
+            if start == 1.0:
+                return  # the start itself was chosen: where the line would go is not known
+            fine_tuned = tuple(share / (1.0 - start) for share in rest)
+        sources = [init.weights, *(item.weights for item in others)]
+        for alpha in ALPHAS:
+            mixed = interpolate(fine_tuned, alpha)
+            weights = combine(sources, mixed, evaluator.slot(), accumulate=soup.accumulate)
+            yield Entry(f"WiSE-FT to {label}", "interpolation", evaluator.outcomes(weights), alpha=alpha)

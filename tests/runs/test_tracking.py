@@ -1,0 +1,206 @@
+"""What reaches the trackers: with W&B offline and disabled, and with a stand-in for a run that is online."""
+
+import csv
+import json
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from lightning_soup.runs.tracking import log_report, log_soup
+from tests.helpers.reports import fake_report, soup, trial
+
+SOURCE = "wandb:team/digits/model-{}:v0"
+
+
+@pytest.fixture(scope="module")
+def report():
+    return fake_report(k=3, tests=["uci_test", "mnist"])
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "soup.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+@pytest.fixture
+def offline(tmp_path):
+    # As an argument: wandb reads WANDB_MODE once per process.
+    logger = WandbLogger(project="digits", save_dir=tmp_path, mode="offline")
+    yield logger
+    wandb.finish()
+
+
+def ours(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("lightning_soup")]
+
+
+def from_artifacts(made):
+    """The same soup, its ingredients downloaded from W&B."""
+    ingredients = []
+    for i, ingredient in enumerate(made.ingredients):
+        opened = ingredient.weights
+        ingredient = replace(ingredient, source=SOURCE.format(i))
+        ingredient.__dict__["weights"] = opened  # as gather_ingredients leaves it: opened once
+        ingredients.append(ingredient)
+    return replace(made, ingredients=tuple(ingredients))
+
+
+class OnlineRun:
+    """The calls that a run would get."""
+
+    id = "1a2b"
+
+    def __init__(self, error=None):
+        self.logged, self.used, self.artifacts, self.error = {}, [], [], error
+
+    def log(self, content):
+        self.logged |= content
+
+    def use_artifact(self, name):
+        if self.error is not None:
+            raise self.error
+        self.used.append(name)
+
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
+
+
+class OnlineLogger(WandbLogger):
+    def __init__(self, run):
+        self.run = run
+
+    @property
+    def experiment(self):
+        return self.run
+
+    def log_metrics(self, metrics, step=None):
+        self.run.log(dict(metrics))
+
+
+def test_offline_keeps_tables_pictures_scalars_and_the_model(report, file, offline, tmp_path, monkeypatch, caplog):
+    artifacts = []
+    run = offline.experiment
+    monkeypatch.setattr(
+        run, "log_artifact", lambda artifact, keep=run.log_artifact: artifacts.append(artifact) or keep(artifact)
+    )
+    with caplog.at_level(logging.WARNING):
+        log_report([offline], report, file)
+    [artifact] = [artifact for artifact in artifacts if artifact.type == "model"]  # wandb logs tables as artifacts, too
+    assert artifact.name.startswith("soup-")
+    assert list(artifact.manifest.entries) == ["soup.safetensors"]
+    assert not ours(caplog)  # no ingredient is an artifact: nothing to warn of
+    summary = dict(run.summary)
+    assert summary["report/uniform_soup/uci_test_gain"] == pytest.approx(
+        report.comparisons[2].tests["uci_test"].gain.mean
+    )
+    assert summary["report/best_single/mnist_accuracy"] == pytest.approx(
+        report.comparisons[1].tests["mnist"].accuracy.mean
+    )
+    wandb.finish()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    pictures = {p.name.rsplit("_", 2)[0] for p in (folder / "files/media/images/report").iterdir()}
+    assert pictures == {picture.name for picture in report.pictures}
+    tables = {
+        p.name.removesuffix(".table.json").rsplit("_", 2)[0]: json.loads(p.read_text())
+        for p in folder.rglob("*.table.json")
+    }
+    assert set(tables) == {"comparison", "greedy_soup", "learned_soup_per_tensor", "WiSE-FT_α_0.9"}
+    comparison = [dict(zip(tables["comparison"]["columns"], row, strict=True)) for row in tables["comparison"]["data"]]
+    assert [row["model"] for row in comparison] == [row.label for row in report.comparisons]
+    assert comparison[1]["mnist gain"] is None
+    assert comparison[2]["mnist verdict"] == report.comparisons[2].tests["mnist"].verdict
+    greedy = tables["greedy_soup"]
+    assert greedy["columns"] == ["trial", "tried", "score", "kept", "reason", "distance"]
+    assert greedy["data"][1][:5] == [2, "run-1-lr1.2e-03", 0.952, False, "0.9550 → 0.9520"]
+
+
+def test_offline_lineage_is_one_warning_and_stays_in_the_metadata(report, file, offline, caplog, monkeypatch):
+    artifacts = []
+    monkeypatch.setattr(offline.experiment, "log_artifact", artifacts.append)
+    made = from_artifacts(report.of_kind("soup")[1].soup)
+    with caplog.at_level(logging.WARNING, "lightning_soup"):
+        log_soup([offline], made, file)
+    [message] = ours(caplog)
+    assert "could not record which artifacts" in message
+    assert [i["source"] for i in artifacts[-1].metadata["ingredients"]] == [SOURCE.format(i) for i in range(3)]
+
+
+def test_disabled_runs_go_through(report, file, tmp_path):
+    logger = WandbLogger(project="digits", save_dir=tmp_path, mode="disabled")
+    log_report([logger], report, file)
+    assert logger.experiment.disabled
+    wandb.finish()
+
+
+def test_online_lineage_and_metadata(report, file, caplog):
+    run = OnlineRun()
+    made = from_artifacts(report.of_kind("soup")[1].soup)
+    log_soup([OnlineLogger(run)], made, file)
+    assert run.used == ["team/digits/model-0:v0", "team/digits/model-1:v0", "team/digits/model-2:v0"]
+    assert not ours(caplog)
+    [artifact] = run.artifacts
+    assert artifact.name == "soup-1a2b"
+    metadata = artifact.metadata
+    assert (metadata["recipe"], metadata["metric"], metadata["mode"]) == ("GreedySoup", "val_acc", "max")
+    assert metadata["score"] == pytest.approx(0.958)
+    assert metadata["per_tensor"] is False
+    assert metadata["ingredients"][1] == {
+        "label": "run-1-lr1.2e-03", "source": "wandb:team/digits/model-1:v0",
+        "digest": made.ingredients[1].weights.digest(), "coefficient": 0.0, "step": 100, "metrics": {"val_acc": 0.9},
+    }  # fmt: skip
+
+
+def test_metadata_of_per_tensor_coefficients_are_means_over_elements(report, file):
+    run = OnlineRun()
+    made = report.of_kind("soup")[2].soup
+    log_soup([OnlineLogger(run)], made, file)
+    shares = [i["coefficient"] for i in run.artifacts[0].metadata["ingredients"]]
+    assert shares == pytest.approx(list(made.shares()))
+    assert sum(shares) == pytest.approx(1)
+    assert run.artifacts[0].metadata["per_tensor"] is True
+
+
+def test_metadata_shows_a_min_metric_as_it_is_and_survives_infinity(file):
+    made = soup("GreedySoup", ["a", "b"], (0.5, 0.5), -0.25, [trial("a", -0.25), trial("b", None)], mode="min")
+    made.ingredients[0].metrics["train_loss"] = float("inf")
+    run = OnlineRun()
+    log_soup([OnlineLogger(run)], made, file, label="a [min] soup")
+    assert run.artifacts[0].metadata["score"] == 0.25
+    assert run.artifacts[0].metadata["ingredients"][0]["metrics"] == {"val_acc": 0.9, "train_loss": None}
+    assert [row[2] for row in run.logged["history/a_min_soup"].data] == [0.25, None]
+
+
+def test_a_server_that_refuses_lineage_does_not_fail_the_run(report, file, caplog):
+    run = OnlineRun(error=wandb.errors.CommError("no such artifact"))
+    with caplog.at_level(logging.WARNING, "lightning_soup"):
+        log_soup([OnlineLogger(run)], from_artifacts(report.of_kind("soup")[0].soup), file)
+    [message] = ours(caplog)
+    assert "no such artifact" in message
+    assert len(run.artifacts) == 1
+
+
+def test_without_a_file_there_is_no_artifact(report):
+    run = OnlineRun()
+    log_soup([OnlineLogger(run)], report.of_kind("soup")[1].soup)
+    assert list(run.logged) == ["history/soup"]
+    assert run.artifacts == []
+
+
+def test_other_loggers_get_the_numbers(report, file, tmp_path):
+    logger = CSVLogger(tmp_path)
+    log_report([logger], report, file)
+    with open(f"{logger.log_dir}/metrics.csv") as metrics:
+        [row] = csv.DictReader(metrics)
+    assert float(row["report/mean_ingredient/mnist_gain"]) == pytest.approx(
+        report.comparisons[0].tests["mnist"].gain.mean
+    )
+
+
+def test_no_loggers_no_work():
+    log_report([], SimpleNamespace(comparisons=[], of_kind=lambda kind: []))
