@@ -1,0 +1,278 @@
+"""Cooking a soup at the end of a fit, from the checkpoints that the fit left behind."""
+
+import os
+from dataclasses import replace
+from math import isnan
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.evaluation.fit_evaluator import FitEvaluator
+from lightning_soup.progress import rich_progress, silent
+from lightning_soup.recipes import Ingredient, InterpolatedSoup, Recipe, Soup, UniformSoup
+from lightning_soup.runs.tracking import log_soup
+from lightning_soup.weights.weights_file import module_tensors
+
+
+class ModelSoup(Callback):
+    """Soup what ``ModelCheckpoint`` kept (or the last k epochs) when the fit ends.
+
+    ``Trainer(callbacks=[ModelCheckpoint(monitor="val_acc", mode="max", save_top_k=5), ModelSoup()])`` is enough. The
+    soup is saved beside the checkpoints, scored on the validation data, logged, and left in the module. Checkpoints of
+    one run make a *trajectory* soup; for a soup of several runs use ``lightning-soup soup``.
+
+    Works on one device and under DDP, where all ranks evaluate together and rank 0 writes. Sharded strategies are
+    refused before training starts.
+
+    Args:
+        recipe: How coefficients are chosen; :class:`.UniformSoup` by default. With
+            :class:`.InterpolatedSoup` the weights before the first step are saved too: they are θ_zs, and the soup of
+            the checkpoints is θ_ft.
+        last: Soup the weights at the end of the last ``last`` epochs instead (each saved without optimizer state), and
+            do not ask for a ``ModelCheckpoint``.
+        monitor: Metric that scores the soup and its candidates; that of the ``ModelCheckpoint`` by default.
+        mode: ``"max"`` or ``"min"``; that of the ``ModelCheckpoint`` by default, else ``"max"``.
+        leave: What the module holds afterwards: ``"soup"``, or the ``"live"`` weights that training ended with.
+        dirpath: Folder of the soup; that of the checkpoints by default.
+        filename: Name of the soup's file. A ``.ckpt`` is loadable by ``load_from_checkpoint``.
+
+    Attributes:
+        soup: The :class:`.Soup`, once the fit has ended.
+        soup_path: Where it was saved.
+
+    Raises:
+        UnsupportedSetup: Before training: nothing would be kept to soup, there is no metric for a recipe that needs
+            one, or the strategy shards parameters.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | None = None,
+        last: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        leave: Literal["soup", "live"] = "soup",
+        dirpath: str | None = None,
+        filename: str = "soup.ckpt",
+    ) -> None:
+        if last is not None and last < 2:
+            raise UnsupportedSetup(f"ModelSoup(last={last}): a soup needs at least the last 2 epochs.")
+        if leave not in ("soup", "live"):
+            raise UnsupportedSetup(f"ModelSoup(leave={leave!r}): expected 'soup' or 'live'.")
+        if Path(filename).suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+            raise UnsupportedSetup(
+                f"ModelSoup(filename={filename!r}): expected .safetensors, .ckpt, .pt, .pth or .bin."
+            )
+        self.recipe = recipe or UniformSoup()
+        self.last, self.monitor, self.mode, self.leave = last, monitor, mode, leave
+        self.dirpath, self.filename = dirpath, filename
+        self.soup: Soup | None = None
+        self.soup_path: Path | None = None
+        self._epochs: list[str] = []
+        self._start: str | None = None
+        self._earlier: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Two of them in one Trainer are told apart by their files."""
+        return f"ModelSoup({self.filename})"
+
+    # --------------------------------------------------------------------------------------------- before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before any training."""
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not plain or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a DDPStrategy
+            raise UnsupportedSetup(
+                f"ModelSoup does not work with {type(trainer.strategy).__name__}: its checkpoints are sharded. Use one "
+                "device or DDP, or soup the checkpoints after training."
+            )
+        if self.last is None:
+            self._check_checkpoint_callback(trainer)
+        validates = is_overridden("validation_step", pl_module) and trainer.limit_val_batches != 0
+        if self.recipe.needs_evaluator and not (self._metric(trainer)[0] and validates):
+            raise UnsupportedSetup(
+                f"{type(self.recipe).__name__} chooses by a validation metric. Give ModelSoup(monitor='val_acc', …) or "
+                "a ModelCheckpoint with monitor, and validation data; or use UniformSoup."
+            )
+
+    def _check_checkpoint_callback(self, trainer: Trainer) -> None:
+        kept = _checkpoint_callback(trainer)
+        if kept is None:
+            raise UnsupportedSetup(
+                "ModelSoup needs checkpoints to soup. Add ModelCheckpoint(monitor='val_acc', mode='max', save_top_k=5)"
+                ", or pass ModelSoup(last=5) to soup the last 5 epochs."
+            )
+        if kept.save_top_k in (0, 1):
+            raise UnsupportedSetup(
+                f"ModelSoup needs at least two checkpoints, but ModelCheckpoint keeps {kept.save_top_k} (save_top_k). "
+                "Set save_top_k=5, or pass ModelSoup(last=5)."
+            )
+        if kept.monitor is None:
+            raise UnsupportedSetup(
+                "ModelSoup: a ModelCheckpoint without monitor keeps no list of its files. Set monitor, or pass "
+                "ModelSoup(last=5)."
+            )
+
+    def _metric(self, trainer: Trainer) -> tuple[str | None, Literal["min", "max"]]:
+        kept = _checkpoint_callback(trainer)
+        if self.monitor is not None:
+            return self.monitor, self.mode or (kept.mode if kept and kept.monitor == self.monitor else "max")
+        return (kept.monitor, self.mode or kept.mode) if kept else (None, self.mode or "max")
+
+    # --------------------------------------------------------------------------------------------- while training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier fit, unless this one goes on with it; keep the start where the recipe needs it."""
+        self.soup, self.soup_path, self._earlier = None, None, set()
+        if trainer.fast_dev_run:
+            return
+        if trainer.ckpt_path is None:
+            self._epochs, self._start = [], None
+            kept = _checkpoint_callback(trainer)
+            self._earlier = set(kept.best_k_models) if kept else set()
+            if isinstance(self.recipe, InterpolatedSoup):
+                self._start = str(self._folder(trainer) / "soup-start.ckpt")
+                trainer.save_checkpoint(self._start, weights_only=True)
+        gone = [path for path in self._epochs if not os.path.exists(path)]
+        if gone:
+            rank_zero_warn(f"ModelSoup: {', '.join(gone)} of the earlier fit is gone, and will not be in the soup.")
+            self._epochs = [path for path in self._epochs if path not in gone]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say at the first validation, not after the training, that the metric is not logged."""
+        metric, _ = self._metric(trainer)
+        checked = self.recipe.needs_evaluator and trainer.state.fn == "fit" and not trainer.sanity_checking
+        if checked and metric not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise UnsupportedSetup(f"ModelSoup: the metric {metric!r} is not logged in validation. Logged: {logged}.")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep this epoch's weights, and drop those of the oldest."""
+        if self.last is None or trainer.fast_dev_run:
+            return
+        path = str(self._folder(trainer) / f"soup-epoch={trainer.current_epoch}.ckpt")
+        trainer.save_checkpoint(path, weights_only=True)
+        self._epochs = [*(epoch for epoch in self._epochs if epoch != path), path]
+        while len(self._epochs) > self.last:
+            trainer.strategy.remove_checkpoint(self._epochs.pop(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The files of the epochs kept so far, and of the start."""
+        return {"epochs": list(self._epochs), "start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the files of an interrupted fit."""
+        self._epochs, self._start = list(state_dict["epochs"]), state_dict["start"]
+
+    # ----------------------------------------------------------------------------------------------------- the soup
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cook, save, score and log the soup. Runs on every rank."""
+        if trainer.fast_dev_run:
+            return
+        metric, mode = self._metric(trainer)
+        ingredients = self._ingredients(trainer, metric)
+        if len(ingredients) < 2:
+            rank_zero_warn(
+                f"ModelSoup: only {len(ingredients)} checkpoint was kept in this fit; there is nothing to soup."
+            )
+            return
+        evaluator = None
+        if is_overridden("validation_step", pl_module) and trainer.limit_val_batches != 0 and metric is not None:
+            if self.recipe.needs_evaluator or metric in trainer.callback_metrics:
+                evaluator = FitEvaluator(trainer, pl_module, metric, mode)
+            else:
+                rank_zero_warn(f"ModelSoup: {metric!r} is not logged in validation, so the soup gets no score.")
+        shown = rich_progress if trainer.is_global_zero and trainer.progress_bar_callback is not None else silent
+        live = {name: value.detach().clone() for name, value in module_tensors(pl_module).items()}
+        device, left = pl_module.device, False
+        try:
+            # Checkpoints of one run have a common start, however far they have gone from it.
+            soup = self.recipe.without_start_check().cook(ingredients, evaluator, shown)
+            coefficients = trainer.strategy.broadcast(soup.coefficients)  # learned ones may differ in the last bits
+            self.soup = replace(soup, recipe=str(self.recipe), coefficients=coefficients)
+            self.soup_path = self._save(trainer, self.soup)
+            if self.leave == "soup":
+                self.soup.apply_to(pl_module)
+                left = True
+        finally:
+            if not left:
+                with torch.no_grad():  # a plain copy: what diverged is put back as it was
+                    for name, value in module_tensors(pl_module).items():
+                        value.copy_(live[name])
+            pl_module.to(device)
+        self._report(trainer, self.soup)
+
+    def _ingredients(self, trainer: Trainer, metric: str | None) -> list[Ingredient]:
+        kept = _checkpoint_callback(trainer)
+        if self.last is not None:
+            scores: dict[str, float] = dict.fromkeys(self._epochs, float("nan"))
+        else:
+            scores = {path: float(score) for path, score in kept.best_k_models.items()} if kept else {}
+            scores = {path: score for path, score in scores.items() if path not in self._earlier}
+        if self._start is not None and scores:
+            scores = {self._start: float("nan"), **scores}  # θ_zs, the first ingredient of an interpolation
+        scores = trainer.strategy.broadcast(scores)
+        missing = [path for path in scores if not os.path.exists(path)]
+        if not trainer.strategy.reduce_boolean_decision(not missing, all=True):
+            seen = f"rank {trainer.global_rank} cannot see {missing[0]}" if missing else "another rank misses one"
+            raise LightningSoupError(
+                f"ModelSoup: a checkpoint of this fit is gone: {seen}. Leave the files where ModelCheckpoint "
+                "put them, on a disk that all ranks share."
+            )
+        return [
+            Ingredient(path, {metric: score} if metric and not isnan(score) else {}, label=Path(path).stem)
+            for path, score in scores.items()
+        ]
+
+    def _save(self, trainer: Trainer, soup: Soup) -> Path:
+        """Write on rank 0; a failure there is raised on every rank, so that none waits for the others."""
+        path = self._folder(trainer) / self.filename
+        error: LightningSoupError | None = None
+        if trainer.is_global_zero:
+            try:
+                soup.save(path)
+            except LightningSoupError as caught:
+                error = caught
+            except Exception as caught:
+                error = LightningSoupError(f"{path}: the soup was not saved ({type(caught).__name__}: {caught}).")
+        error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise error
+        return path
+
+    def _folder(self, trainer: Trainer) -> Path:
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        kept = _checkpoint_callback(trainer)
+        if kept is not None and kept.dirpath:
+            return Path(kept.dirpath)
+        return Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)) / "checkpoints"
+
+    def _report(self, trainer: Trainer, soup: Soup) -> None:
+        values: dict[str, float] = {"soup_ingredients": float(sum(share != 0.0 for share in soup.shares()))}
+        if soup.score is not None:
+            values[f"soup_{soup.metric}"] = soup.natural_score
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        log_soup(trainer.loggers, soup, self.soup_path)
+        used = f"{int(values['soup_ingredients'])} of {len(soup.ingredients)} checkpoints"
+        told = "" if soup.score is None else f", {soup.metric} {soup.natural_score:.4f}"
+        rank_zero_info(f"{soup.recipe}: {used}{told}, in {self.soup_path}")
+
+
+def _checkpoint_callback(trainer: Trainer) -> ModelCheckpoint | None:
+    """The ModelCheckpoint that keeps several scored files, or the first one."""
+    found = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    scored = [callback for callback in found if callback.monitor is not None and callback.save_top_k not in (0, 1)]
+    return (scored or found or [None])[0]

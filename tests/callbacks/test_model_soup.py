@@ -1,0 +1,367 @@
+import copy
+import os
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_soup.callbacks import ModelSoup
+from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
+from lightning_soup.evaluation import ModuleEvaluator
+from lightning_soup.recipes import GreedySoup, InterpolatedSoup, LearnedSoup, Recipe, UniformSoup
+from lightning_soup.weights import combine, open_checkpoint
+from tests.helpers.boring import TinyClassifier, TinyData
+from tests.helpers.trainers import quiet_trainer
+from tests.helpers.two_ranks import run_on_two_ranks
+
+
+def fit(tmp_path, soup, *, callbacks=(), checkpoint=None, module=None, epochs=5, ckpt_path=None, **options):
+    torch.manual_seed(1)
+    kept = checkpoint or ModelCheckpoint(tmp_path / "kept", monitor="val_acc", mode="max", save_top_k=3)
+    options = {"max_epochs": epochs, "enable_checkpointing": True, "num_sanity_val_steps": 0, **options}
+    trainer = quiet_trainer(callbacks=[*callbacks, kept, soup], default_root_dir=tmp_path, **options)
+    module = module or TinyClassifier()
+    trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt_path)
+    return trainer, module, kept
+
+
+@pytest.mark.parametrize(
+    "recipe", [UniformSoup(), GreedySoup(), LearnedSoup(epochs=2), InterpolatedSoup()], ids=lambda r: type(r).__name__
+)
+def test_the_soup_of_what_model_checkpoint_kept(tmp_path, recipe):
+    soup = ModelSoup(recipe)
+    _, module, kept = fit(tmp_path, soup)
+    start = [str(tmp_path / "kept" / "soup-start.ckpt")] if isinstance(recipe, InterpolatedSoup) else []
+    assert [str(item.source) for item in soup.soup.ingredients] == [*start, *kept.best_k_models]
+    expected = combine([item.weights for item in soup.soup.ingredients], soup.soup.coefficients, accumulate="float64")
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    outside = ModuleEvaluator(TinyClassifier(), TinyData())
+    assert soup.soup.score == pytest.approx(outside.score(expected))
+    saved = TinyClassifier.load_from_checkpoint(soup.soup_path)
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), module.parameters(), strict=True))
+    assert soup.soup_path.parent == tmp_path / "kept"
+
+
+def test_a_run_that_went_far_from_its_start_is_souped_all_the_same(tmp_path):
+    class Jumping(TinyClassifier):
+        def on_train_epoch_start(self):
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.copy_(torch.randn_like(parameter))
+
+    soup = ModelSoup(last=2)
+    fit(tmp_path, soup, module=Jumping())
+    assert soup.soup.recipe == "UniformSoup"
+
+
+class Ending(Callback):
+    """The weights that training ended with."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def test_leave_live_puts_the_trained_weights_back(tmp_path):
+    ending = Ending()
+    _, module, _ = fit(tmp_path, ModelSoup(leave="live"), callbacks=[ending])
+    assert all(torch.equal(value, ending.weights[name]) for name, value in module.state_dict().items())
+
+
+class Witness(Callback):
+    """Counts validations, and notes the Trainer's public state before the soup is cooked."""
+
+    def __init__(self):
+        self.validations = 0
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations += 1
+
+    def on_fit_end(self, trainer, pl_module):
+        self.before = snapshot(trainer)
+
+
+def snapshot(trainer):
+    loop = trainer.fit_loop
+    return copy.deepcopy(
+        {
+            "state": (trainer.state.fn, trainer.state.stage),
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "progress": loop.state_dict(),
+            "step": trainer.global_step,
+            "rng": torch.get_rng_state().tolist(),
+            "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
+        }
+    )
+
+
+class Last(Witness):
+    """After the soup in the list: sees what it left behind."""
+
+    def on_fit_end(self, trainer, pl_module):
+        self.after = snapshot(trainer)
+
+
+def test_trainer_and_other_callbacks_are_unharmed(tmp_path):
+    witness, last, stopping = Witness(), Last(), EarlyStopping("val_acc", patience=50, mode="max")
+    soup = ModelSoup(GreedySoup())
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="val_acc", mode="max", save_top_k=3)
+    torch.manual_seed(1)
+    trainer = quiet_trainer(
+        callbacks=[witness, stopping, soup, last, kept],
+        max_epochs=4,
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(TinyClassifier(), datamodule=TinyData())
+    assert witness.validations == 4
+    assert stopping.wait_count < 4
+    assert last.after == witness.before
+    assert len(kept.best_k_models) == 3
+    trainer.fit_loop.max_epochs = 6  # and training can go on
+    trainer.fit(trainer.lightning_module, datamodule=TinyData())
+    assert trainer.current_epoch == 6
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_the_last_epochs(tmp_path, last):
+    weights = []
+
+    class Record(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    soup = ModelSoup(last=last)
+    _, module, _ = fit(tmp_path, soup, callbacks=[Record()])
+    expected = combine(weights[-last:], [1 / last] * last)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert len(list((tmp_path / "kept").glob("soup-epoch=*.ckpt"))) == last
+
+
+def test_the_last_epochs_across_a_resume(tmp_path):
+    whole = ModelSoup(last=3)
+    fit(tmp_path / "whole", whole)
+    halves = [ModelSoup(last=3), ModelSoup(last=3)]
+    saved = ModelCheckpoint(tmp_path / "half" / "kept", save_last=True, save_top_k=0)
+    fit(tmp_path / "half", halves[0], checkpoint=saved, epochs=3)
+    again = ModelCheckpoint(tmp_path / "half" / "kept", save_last=True, save_top_k=0)
+    fit(tmp_path / "half", halves[1], checkpoint=again, ckpt_path=tmp_path / "half" / "kept" / "last.ckpt")
+    assert [item.name for item in halves[1].soup.ingredients] == ["soup-epoch=2", "soup-epoch=3", "soup-epoch=4"]
+
+
+def test_the_soup_is_logged(tmp_path):
+    logger = CSVLogger(tmp_path, name="logs", version=0)
+    soup = ModelSoup(GreedySoup())
+    fit(tmp_path, soup, logger=logger)
+    text = (tmp_path / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "soup_val_acc" in text
+    assert f"{soup.soup.score}" in text
+
+
+@pytest.mark.parametrize(
+    ("soup", "checkpoint", "options", "message"),
+    [
+        (lambda: ModelSoup(), lambda d: ModelCheckpoint(d, monitor="val_acc", mode="max"), {}, "keeps 1"),
+        (lambda: ModelSoup(), lambda d: ModelCheckpoint(d, save_top_k=-1), {}, "without monitor"),
+        (lambda: ModelSoup(GreedySoup(), last=3), lambda d: ModelCheckpoint(d), {}, "chooses by a validation metric"),
+        (
+            lambda: ModelSoup(GreedySoup()),
+            lambda d: ModelCheckpoint(d, monitor="val_acc", save_top_k=2),
+            {"limit_val_batches": 0},
+            "validation data",
+        ),
+    ],
+    ids=["one kept", "no monitor", "no metric", "no validation"],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path, soup, checkpoint, options, message):
+    class NoTraining(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training started")
+
+    with pytest.raises(UnsupportedSetup, match=message):
+        fit(tmp_path, soup(), checkpoint=checkpoint(tmp_path / "kept"), module=NoTraining(), **options)
+
+
+def test_options_are_checked():
+    with pytest.raises(UnsupportedSetup, match="at least the last 2"):
+        ModelSoup(last=1)
+    with pytest.raises(UnsupportedSetup, match="leave="):
+        ModelSoup(leave="both")
+    with pytest.raises(UnsupportedSetup, match="filename="):
+        ModelSoup(filename="soup.onnx")
+
+
+def test_no_checkpoint_callback(tmp_path):
+    trainer = quiet_trainer(callbacks=[ModelSoup()], max_epochs=1)
+    with pytest.raises(UnsupportedSetup, match="needs checkpoints to soup"):
+        trainer.fit(TinyClassifier(), datamodule=TinyData())
+
+
+class Failing(Recipe):
+    """No dataclass, as a user may write one; leaves a candidate in the module and fails."""
+
+    def cook(self, ingredients, evaluator=None, progress=None):
+        for value in evaluator.slot().values():
+            value.zero_()
+        raise RecipeError("nothing to be done")
+
+
+def test_a_failing_recipe_leaves_the_live_weights(tmp_path):
+    module, ending = TinyClassifier(), Ending()
+    with pytest.raises(RecipeError, match="nothing to be done"):
+        fit(tmp_path, ModelSoup(Failing()), module=module, callbacks=[ending])
+    assert all(torch.equal(value, ending.weights[name]) for name, value in module.state_dict().items())
+
+
+def test_an_unknown_metric_is_said_at_the_first_validation(tmp_path):
+    class TwoEpochs(TinyClassifier):
+        def on_train_epoch_start(self):
+            assert self.current_epoch == 0
+
+    with pytest.raises(UnsupportedSetup, match=r"'val_auc' is not logged in validation\. Logged: val_acc, val_loss"):
+        fit(tmp_path, ModelSoup(GreedySoup(), monitor="val_auc"), module=TwoEpochs())
+
+
+def test_an_unknown_metric_does_not_matter_to_a_uniform_soup(tmp_path):
+    soup = ModelSoup(monitor="val_auc")
+    with pytest.warns(UserWarning, match="'val_auc' is not logged in validation, so the soup gets no score"):
+        fit(tmp_path, soup)
+    assert soup.soup.score is None
+
+
+def test_a_metric_of_training_is_no_score(tmp_path):
+    class Logging(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="train_loss", save_top_k=3)
+    soup = ModelSoup(GreedySoup())
+    with pytest.raises(LightningSoupError, match="'train_loss' is not logged in validation"):
+        fit(tmp_path, soup, checkpoint=kept, module=Logging())
+
+
+def test_wise_ft_starts_from_the_weights_before_the_first_step(tmp_path):
+    module = TinyClassifier()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    soup = ModelSoup(InterpolatedSoup(alpha=0.0), last=2)
+    fit(tmp_path, soup, module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_second_fit_with_the_same_callbacks_does_not_take_files_of_the_first(tmp_path):
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", mode="min", save_top_k=-1)
+    soup = ModelSoup()
+    fit(tmp_path, soup, checkpoint=kept, epochs=2)
+    first = {str(item.source) for item in soup.soup.ingredients}
+    fit(tmp_path, soup, checkpoint=kept, epochs=3)
+    assert not first & {str(item.source) for item in soup.soup.ingredients}
+    assert len(soup.soup.ingredients) == 3
+
+
+def test_a_module_with_extra_state(tmp_path):
+    class Counting(TinyClassifier):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+    soup = ModelSoup(GreedySoup())
+    fit(tmp_path, soup, module=Counting())
+    assert soup.soup.score is not None
+
+
+def test_two_soups_of_one_fit(tmp_path):
+    uniform, greedy = ModelSoup(filename="uniform.ckpt"), ModelSoup(GreedySoup(), filename="greedy.ckpt")
+    fit(tmp_path, uniform, callbacks=[greedy])
+    assert uniform.soup_path.exists()
+    assert greedy.soup_path.exists()
+
+
+def test_epochs_that_are_gone_on_resume(tmp_path):
+    saved = ModelCheckpoint(tmp_path / "kept", save_last=True, save_top_k=0)
+    fit(tmp_path, ModelSoup(last=3), checkpoint=saved, epochs=3)
+    (tmp_path / "kept" / "soup-epoch=2.ckpt").unlink()
+    again = ModelCheckpoint(tmp_path / "kept", save_last=True, save_top_k=0)
+    soup = ModelSoup(last=3)
+    with pytest.warns(UserWarning, match="soup-epoch=2.ckpt of the earlier fit is gone"):
+        fit(tmp_path, soup, checkpoint=again, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert [item.name for item in soup.soup.ingredients] == ["soup-epoch=1", "soup-epoch=3", "soup-epoch=4"]
+
+
+def test_a_compiled_layer(tmp_path):
+    module = TinyClassifier()
+    module.net[0] = torch.compile(module.net[0], backend="eager")
+    soup = ModelSoup(GreedySoup())
+    fit(tmp_path, soup, module=module)
+    assert "net.0._orig_mod.weight" in torch.load(soup.soup_path, weights_only=True)["state_dict"]
+    assert "net.0.weight" in open_checkpoint(soup.soup_path)
+
+
+def test_half_precision_and_accumulation(tmp_path):
+    soup = ModelSoup(GreedySoup())
+    _, module, _ = fit(tmp_path, soup, precision="bf16-true", accumulate_grad_batches=2)
+    assert soup.soup.weights()["net.0.weight"].dtype == torch.bfloat16
+    assert torch.equal(module.net[0].weight.cpu(), soup.soup.weights()["net.0.weight"])
+
+
+def test_fast_dev_run_is_left_alone(tmp_path):
+    fit(tmp_path, ModelSoup(), fast_dev_run=True, checkpoint=ModelCheckpoint(tmp_path))
+
+
+def on_a_rank(folder, recipe):
+    torch.set_num_threads(1)
+    soup = ModelSoup(recipe)
+    trainer, module, _ = fit(folder, soup, devices=2, strategy="ddp")
+    return {
+        "weights": {name: value.numpy() for name, value in module.state_dict().items()},
+        "coefficients": soup.soup.coefficients,
+        "score": soup.soup.score,
+        "path": str(soup.soup_path),
+        "state": str(trainer.state.fn),
+    }
+
+
+def failing_rank(folder):
+    """Rank 1 alone misses a file: both must say so, and none wait for the other."""
+    torch.set_num_threads(1)
+
+    class Losing(ModelSoup):
+        def _ingredients(self, trainer, metric):
+            if trainer.global_rank == 1:
+                self._folder(trainer)
+                os.path.exists = lambda path: False
+            return super()._ingredients(trainer, metric)
+
+    try:
+        fit(folder, Losing(), devices=2, strategy="ddp")
+    except LightningSoupError as error:
+        return str(error)
+
+
+def test_one_rank_that_fails_does_not_leave_the_other_waiting(tmp_path):
+    first, second = run_on_two_ranks(failing_rank, tmp_path)
+    assert "another rank misses one" in first
+    assert "rank 1 cannot see" in second
+
+
+def test_two_ranks_agree(tmp_path):
+    results = {}
+    for recipe in (UniformSoup(), GreedySoup(), LearnedSoup(epochs=1, batch_size=30)):
+        name = type(recipe).__name__
+        results[name] = run_on_two_ranks(on_a_rank, tmp_path / name, recipe)
+    for first, second in results.values():
+        assert first["score"] == second["score"]
+        assert first["coefficients"] == second["coefficients"]
+        assert first["path"] == second["path"]
+        for name, value in first["weights"].items():
+            assert (value == second["weights"][name]).all()
+        saved = open_checkpoint(first["path"])
+        whole = ModuleEvaluator(TinyClassifier(), TinyData())  # 60 samples: two ranks of 30
+        assert first["score"] == pytest.approx(whole.score(saved))
+        assert all((saved[name].numpy() == value).all() for name, value in first["weights"].items())
