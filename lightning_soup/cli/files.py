@@ -1,0 +1,125 @@
+"""Commands that need files only. They import torch and nothing heavier, so that they answer at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_soup.progress import rich_progress
+from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
+from lightning_soup.recipes import recook as cook_again
+from lightning_soup.recipes.interpolated import for_recipe
+from lightning_soup.weights import open_checkpoint
+from lightning_soup.weights.save import check_output
+
+if TYPE_CHECKING:
+    from lightning_soup.weights import WeightsFile
+
+
+def soup(
+    ingredients: list[str] | str,
+    recipe: Recipe | None = None,
+    output: str = "soup.safetensors",
+    init: str | None = None,
+) -> Soup:
+    """Cook a soup from files, without a model: for recipes that need no evaluation.
+
+    Args:
+        ingredients: Checkpoint files, run folders, patterns (``runs/*/checkpoints/*.ckpt``) or
+            ``wandb:entity/project/artifact:version``.
+        recipe: How the coefficients are chosen; UniformSoup by default. Recipes that choose by score need --config or
+            --model and --data.
+        output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient.
+        init: The weights that all ingredients started from, for InterpolatedSoup (WiSE-FT).
+    """
+    check_output(output)
+    recipe = recipe or UniformSoup()
+    start = None if init is None else Ingredient.from_path(init)
+    used = for_recipe(recipe, gather_ingredients(ingredients, output=output), start)
+    made = recipe.cook(used, progress=rich_progress)
+    path = made.save(output, progress=rich_progress)
+    console = Console()
+    console.print(made.table())
+    console.print(f"Saved: {escape(str(path))}")
+    return made
+
+
+def recook(file: str, output: str | None = None) -> Path:
+    """Cook a soup again from its provenance, and check that it is the same.
+
+    Args:
+        file: A soup that lightning_soup saved.
+        output: Where to write it; beside the original, as NAME.recooked.SUFFIX, by default.
+    """
+    path = cook_again(file, output, rich_progress)
+    Console().print(f"Saved: {escape(str(path))}")
+    return path
+
+
+def show(file: str, tensors: bool = False) -> None:
+    """Show what a checkpoint or soup holds: format, tensors, parameters, provenance, coefficients.
+
+    Args:
+        file: What lightning_soup can open: a file, a folder, or an artifact reference.
+        tensors: List every tensor with its type and shape.
+    """
+    opened = open_checkpoint(file)
+    console = Console()
+    console.print(_summary(opened))
+    if opened.provenance is not None:
+        _show_provenance(opened, console)
+    if tensors:
+        table = Table("tensor", "type and shape", box=None)
+        for name, spec in opened.specs.items():
+            table.add_row(escape(name), escape(str(spec)))
+        console.print(table)
+
+
+def _summary(opened: "WeightsFile") -> Table:
+    kinds: dict[str, int] = {}
+    for spec in opened.specs.values():
+        kind = str(spec.dtype).removeprefix("torch.")
+        kinds[kind] = kinds.get(kind, 0) + spec.nbytes
+    table = Table.grid(padding=(0, 2))
+    for name, value in {
+        "file": str(opened.path),
+        "format": opened.format + (f", weights under {opened.key!r}" if opened.key else ""),
+        "tensors": f"{len(opened)}" + (f", {len(opened.ties)} groups tied" if opened.ties else ""),
+        "parameters": f"{opened.num_parameters:,}",
+        "types": ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds.items()),
+        "digest": opened.digest(),
+        **{key: str(value) for key, value in opened.metadata.items() if isinstance(value, (int, float))},
+        "hyperparameters": ", ".join(f"{k}={v}" for k, v in opened.metadata.get("hyper_parameters", {}).items()),
+        "not opened": ", ".join(opened.dropped),
+    }.items():
+        if value:
+            table.add_row(f"[bold]{escape(name)}", escape(value))
+    return table
+
+
+def _show_provenance(opened: "WeightsFile", console: Console) -> None:
+    record = opened.provenance or {}
+    score = ""
+    if record.get("score") is not None:
+        score = f", {record['metric']} {-record['score'] if record['mode'] == 'min' else record['score']:.4f}"
+    console.print(f"\n[bold]cooked by[/] {escape(str(record.get('recipe')))}{escape(score)}")
+    coefficients = record["shares"]
+    if isinstance(record["coefficients"], dict):
+        console.print("the coefficients differ between tensors; their mean:")
+    longest = max(abs(c) for c in coefficients) or 1.0
+    table = Table("ingredient", "coefficient", "", "metrics", "digest", box=None)
+    for item, c in zip(record["ingredients"], coefficients, strict=True):
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in item["metrics"].items())
+        bar = f"[{'red' if c < 0 else 'cyan'}]{'█' * round(30 * abs(c) / longest)}"
+        table.add_row(
+            escape(item["label"]), f"{c:.4f}", bar, escape(metrics), item["digest"].removeprefix("xxh3-128:")[:12]
+        )
+    console.print(table)
+    tried = [trial for trial in record["history"] if trial["reason"]]
+    for trial in tried:
+        mark = {True: "+", False: "-", None: " "}[trial["kept"]]
+        console.print(f"  {mark} {escape(trial['label'])}: {escape(trial['reason'])}", highlight=False)
+    for note in record["notes"]:
+        console.print(f"[yellow]note[/] {escape(note)}")

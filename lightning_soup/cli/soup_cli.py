@@ -1,0 +1,143 @@
+"""SoupCLI: LightningCLI with one more subcommand, `soup`, and short names for the classes of this package."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+    _InstantiatorFn,
+)
+
+import lightning_soup
+from lightning_soup.cli.trainer import SoupTrainer
+
+__all__ = ["SoupCLI"]
+
+_FIT_ONLY = ("ckpt_path", "weights_only")
+
+
+class SoupCLI(LightningCLI):
+    """`fit`, `validate`, `test`, `predict` and `soup` for any LightningModule and LightningDataModule.
+
+    The model and the data are named in the config by `class_path` and `init_args`, or by flags:
+    `--model ImageClassifier --model.lr 0.001`. Modules in the current folder can be named too.
+
+    Args:
+        args: Flags in a list, or a nested mapping `{"subcommand": "fit", "fit": {...}}`; by default what the
+            command line says.
+        run: Run the subcommand. False only builds `trainer`, `model` and `datamodule`; there are no
+            subcommands then.
+        exit_on_error: Print what is wrong with the arguments and exit with code 2, as a command should. False
+            raises `argparse.ArgumentError`, as a program should.
+    """
+
+    def __init__(self, args: ArgsType = None, *, run: bool = True, exit_on_error: bool = True) -> None:
+        _import_short_names()
+        # Abbreviated flags are off: `--trainer.max_epoch` would set max_epochs, and no typo would be found.
+        parser: dict[str, Any] = {"exit_on_error": exit_on_error, "allow_abbrev": False}
+        super().__init__(
+            args=args,
+            run=run,
+            trainer_class=SoupTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            # the same command gives the same weights; ingredients need --seed_everything=1, 2, ...
+            seed_everything_default=0,
+            parser_kwargs={**parser, **{subcommand: dict(parser) for subcommand in self.subcommands()}},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that are subcommands, and the arguments that the CLI itself provides."""
+        return {**LightningCLI.subcommands(), "soup": {"model", "dataloaders", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Let `soup` take the config that a `fit` saved, with what only `fit` uses in it."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "soup":
+            for name in _FIT_ONLY:
+                parser.add_argument(f"--{name}", type=Any, help="No effect here: from a config saved by fit.")
+        return parser
+
+    def before_instantiate_classes(self) -> None:
+        """Cook on one device where the number is left open: evaluating a soup is not spread over several."""
+        if self.subcommand == "soup" and self.config.soup.trainer.devices == "auto":
+            self.config.soup.trainer.devices = 1
+
+    def _add_instantiators(self) -> None:
+        """Let the errors of constructors come through as they are, whatever the union a class is tried for."""
+        wrapped = {LightningModule: _InstantiatorFn(self, "model"), LightningDataModule: _InstantiatorFn(self, "data")}
+        for kind, instantiator in {**wrapped, object: _construct}.items():
+            self.parser.add_instantiator(partial(_carry_errors, instantiator), kind, subclasses=True)
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; see :class:`_Carried`."""
+        try:
+            super().instantiate_classes()
+        except _Carried as carried:
+            raise carried.error from carried.error.__cause__
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse without Lightning's warning about `args` beside a command line: sweeps need just that."""
+        if isinstance(args, dict | Namespace):
+            self.config = parser.parse_object(args)
+        else:
+            self.config = parser.parse_args(args)
+        chosen = self.config.get(self.config.get("subcommand") or "", Namespace())
+        given = [*(self.config.get("config") or []), *(chosen.get("config") or [])]
+        self.save_config_kwargs = {"inputs": [Path(str(path)).resolve() for path in given]}
+
+
+class _Carried(BaseException):
+    """Takes an error past jsonargparse, which on any Exception tries the next type and in the end names none."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _carry_errors(
+    instantiator: Callable[..., Any],
+    kind: type,
+    *args: Any,
+    applied_instantiation_links: dict[str, Any],  # named, because jsonargparse passes it to those that name it
+    **kwargs: Any,
+) -> Any:
+    try:
+        return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
+    except Exception as error:
+        raise _Carried(error) from error
+
+
+def _construct(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
+    return kind(*args, **kwargs)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the complete config beside the logs: over an earlier one, never over a file the user gave."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, inputs: Iterable[Path]) -> None:
+        super().__init__(parser, config, overwrite=True)
+        self.inputs = set(inputs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Without a logger the folder is the current one, where people keep a config.yaml of their own.
+        if trainer.log_dir and Path(trainer.log_dir, self.config_filename).resolve() in self.inputs:
+            self.config_filename = "config.saved.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+def _import_short_names() -> None:
+    if os.getcwd() not in sys.path:  # a console script does not look into the current folder, `python` does
+        sys.path.append(os.getcwd())
+    for name in lightning_soup.__all__:  # a class has a short name, as in `--model ImageClassifier`, once imported
+        getattr(lightning_soup, name)

@@ -1,0 +1,182 @@
+"""`lightning-soup sweep`: train one ingredient per setting of a W&B sweep file, then cook them if asked."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from lightning_soup.cli.sweep_check import check_settings
+from lightning_soup.cli.sweep_training import RunCLI, train_setting
+from lightning_soup.errors import LightningSoupError
+from lightning_soup.evaluation.own_loops import no_notices
+from lightning_soup.progress import rich_progress
+from lightning_soup.recipes.recipe import Recipe
+from lightning_soup.runs.sweep import SweepResult, run_sweep
+from lightning_soup.runs.sweep_file import read_sweep_file
+from lightning_soup.runs.sweep_run import Run
+
+__all__ = ["fingerprint", "sweep", "train_setting"]
+
+T = TypeVar("T")
+
+_LARGE = 1 << 30  # bytes; hashing as many takes about a second
+
+
+def sweep(
+    base: str,
+    sweep_file: str,
+    *,
+    folder: str | None = None,
+    jobs: int = 1,
+    seed: int = 0,
+    metric: str | None = None,
+    mode: Literal["max", "min"] | None = None,
+    cook: Recipe | None = None,
+) -> SweepResult:
+    """Train one ingredient per setting of a W&B sweep file, then cook them if asked.
+
+    Each setting gets a folder, a Trainer, a logger and a seed of its own. Finished runs are not repeated when
+    the command is given again; a run that fails does not stop the rest and is named at the end.
+
+    The same file serves `wandb sweep` on a cluster, with
+    `command: [lightning-soup, fit, --config, BASE.yaml, "${args}"]` in it. There, runs get seeds of their own
+    only if `seed_everything` is one of the parameters.
+
+    Args:
+        base: Config that every run starts from; what `lightning-soup fit --config` takes.
+        sweep_file: W&B sweep file with `method: grid` or `random`, `parameters` and `run_cap`.
+        folder: Where the runs go; `runs/<name of the sweep>` by default.
+        jobs: Trainings at a time. Above 1, each has its own process, a share of the cores, and a log.txt.
+        seed: Seed of a random search, and of the first run; each further run takes the next one.
+        metric: Metric of the table at the end, and of the recipe; that of the sweep file by default, else val_acc.
+        mode: Whether a high (max) or a low (min) value of the metric is good; the goal of the sweep file by default.
+        cook: Recipe for a soup of the finished ingredients, written to soup.safetensors in the folder.
+
+    Returns:
+        The runs with their settings, metrics and checkpoints.
+
+    Raises:
+        UnsupportedSetup: The config or the sweep file is wrong; found before any training starts.
+        LightningSoupError: No run finished.
+    """
+    file = read_sweep_file(sweep_file)
+    settings = file.settings(seed)
+    if mode is None:
+        mode = "min" if file.metric and metric in (None, file.metric) and file.goal == "minimize" else "max"
+    metric = metric or file.metric or "val_acc"
+    config = check_settings(Path(base), file.path, settings)
+    name = re.sub(r"[^\w.-]+", "-", file.name).strip(".-") or "sweep"
+    with no_notices():
+        result = run_sweep(
+            settings,
+            partial(train_setting, base=base, group=name),
+            Path("runs", name) if folder is None else folder,
+            seed=seed,
+            jobs=jobs,
+            fingerprint=fingerprint(Path(base)),
+            # With one job Lightning's own bar is on the screen, unless the config turns it off.
+            progress=_lines if jobs == 1 and config.trainer.enable_progress_bar is not False else rich_progress,
+        )
+    _print_table(result, metric, mode)
+    for run in result.failed:
+        print(f"failed: {run.folder} ({_text(run.setting)}): {run.error}", file=sys.stderr)
+    if not result.finished:
+        raise LightningSoupError(f"{result.folder}: none of the {len(result.runs)} runs finished.")
+    if cook is not None:
+        _cook(result, cook, base=base, group=name, metric=metric, mode=mode)
+    return result
+
+
+def fingerprint(base: Path) -> str:
+    """Hash a config by content: its values, and every file that it names.
+
+    Comments and the order of keys do not count. New weights under an old `checkpoint_path` do. Of files too
+    large to read each time, size and date stand for the content.
+    """
+    config = yaml.safe_load(base.read_text(encoding="utf-8"))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for text in sorted(set(_strings(config))):
+        path = next((p for p in (text, os.path.join(base.parent, text)) if os.path.isfile(p)), None)
+        if path is None:
+            continue
+        about = os.stat(path)
+        if about.st_size > _LARGE:
+            digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+            continue
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from _strings(item)
+
+
+def _cook(
+    result: SweepResult, recipe: Recipe, *, base: str, group: str, metric: str, mode: Literal["max", "min"]
+) -> None:
+    """Cook with the model, data and trainer of the base config, as the first finished run had them."""
+    first = result.finished[0]
+    RunCLI(
+        base,
+        {"seed_everything": first.seed, **first.setting},
+        result.folder,
+        group,
+        work=lambda trainer, model, datamodule: trainer.soup(
+            model,
+            datamodule,
+            ingredients=[str(checkpoint) for checkpoint in result.checkpoints],
+            recipe=recipe,
+            output=str(result.folder / "soup.safetensors"),
+            metric=metric,
+            mode=mode,
+        ),
+    )
+
+
+def _lines(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Progress without a bar, for when another one is on the screen."""
+    for number, item in enumerate(items, 1):
+        print(f"{description}: {number} of {total} done", file=sys.stderr, flush=True)
+        yield item
+
+
+def _print_table(result: SweepResult, metric: str, mode: Literal["max", "min"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [name for name in result.runs[0].setting if len({repr(r.setting[name]) for r in result.runs}) > 1]
+    scores = {run.index: run.metrics[metric] for run in result.finished if metric in run.metrics}
+    best = (max if mode == "max" else min)(scores, key=scores.__getitem__, default=None)
+    table = Table("run", *names, metric, title=f"{result.folder}: {len(result.finished)} ingredients")
+    for run in result.runs:
+        values = [_text(run.setting[name]) for name in names]
+        table.add_row(run.folder.name, *values, _score(run, metric), style="bold" if run.index == best else None)
+    Console().print(table)
+    if result.finished and not scores:
+        logged = sorted(set().union(*(run.metrics for run in result.finished)))
+        print(f"No run logged {metric!r}; logged: {', '.join(logged) or 'nothing'}.", file=sys.stderr)
+
+
+def _score(run: Run, metric: str) -> str:
+    if run.error is not None:
+        return "failed"
+    return f"{run.metrics[metric]:.4g}" if metric in run.metrics else "-"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_text(inner)}" for name, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,106 @@
+"""The Trainer that can also cook: ``lightning-soup soup`` is its method."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
+from lightning_soup.progress import rich_progress, silent
+from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
+from lightning_soup.runs.cooking import cook_all, measure
+from lightning_soup.runs.tracking import log_report, log_soup
+from lightning_soup.weights.save import check_output
+
+
+class SoupTrainer(Trainer):
+    """A Lightning Trainer with a ``soup`` method beside ``fit``, ``validate``, ``test`` and ``predict``."""
+
+    def soup(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ingredients: list[str] | str,
+        recipe: Recipe | None = None,
+        output: str = "soup.safetensors",
+        metric: str = "val_acc",
+        mode: Literal["min", "max"] = "max",
+        init: str | None = None,
+        beside: list[Recipe] | None = None,
+        report: bool = True,
+    ) -> Soup:
+        """Cook a soup from checkpoints, save it, and report what it gains on the test data.
+
+        Candidates are judged on the validation data; the report's numbers come from the test data. The report
+        (``report.html``, pictures, ``report.json``) lies in a folder beside the output, and goes to the loggers.
+
+        Args:
+            model: The module that the ingredients belong to; its weights are overwritten and hold the soup afterwards.
+            datamodule: Validation data to choose on, test data to report on.
+            ingredients: Checkpoint files, run folders, patterns (``runs/*/checkpoints/*.ckpt``) or
+                ``wandb:entity/project/artifact:version``.
+            recipe: How the coefficients are chosen; UniformSoup by default.
+            output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient.
+            metric: Metric that the validation step logs.
+            mode: Whether a large (max) or a small (min) value of the metric is good.
+            init: The weights that all ingredients started from: for WiSE-FT, and for the report's curve.
+            beside: Other recipes to show beside this one in the report.
+            report: Measure on the test data and write the report. Costs a validation and a test pass per ingredient, a
+                test pass per soup, and with ``init`` one for each of the 11 points of the curve.
+
+        Returns:
+            The soup.
+
+        Raises:
+            LightningSoupError: Ingredients that cannot be read or averaged, an unknown metric, an output that cannot be
+                written. Nothing half-written is left.
+        """
+        if self.world_size > 1:
+            raise UnsupportedSetup(
+                f"soup evaluates on one device, but the Trainer has {self.world_size}. Pass --trainer.devices=1."
+            )
+        if datamodule is None:
+            raise UnsupportedSetup(
+                "soup needs a data module with validation data (--data). Without, cook from files only."
+            )
+        check_output(output)
+        found = gather_ingredients(ingredients, output=output)
+        start = None if init is None else Ingredient.from_path(init)
+        evaluator = ModuleEvaluator(model, datamodule, metric, mode, self)
+        shown = silent if self.progress_bar_callback is None else rich_progress
+        chosen = recipe or UniformSoup()
+        soups = cook_all([chosen, *(beside or ())], found, evaluator, start, shown)
+        soup = soups[str(chosen)]
+        path = soup.save(output)
+        if report and is_overridden("test_dataloader", datamodule):
+            title = f"Soup of {len(found)} ingredients"
+            saved = {str(chosen): path}
+            measured = measure(
+                soups, found, evaluator, start, saved=saved, title=title, commands=_typed(), progress=shown
+            )
+            page = measured.write(path.parent / f"{path.stem}_report")
+            log_report(self.loggers, measured, path)
+            self._tell(measured.table(), measured.headline, f"Report: {page}")
+        else:
+            log_soup(self.loggers, soup, path)
+        soup.apply_to(model)
+        self._tell(soup.table(), f"Saved: {path}")
+        return soup
+
+    def _tell(self, *lines: object) -> None:
+        from rich.console import Console
+
+        if self.is_global_zero:
+            for line in lines:
+                Console().print(line)
+
+
+def _typed() -> list[str]:
+    """The command that was typed, where this is the command line."""
+    program, *arguments = sys.argv
+    return [shlex.join(["lightning-soup", *arguments])] if Path(program).name == "lightning-soup" else []

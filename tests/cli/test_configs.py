@@ -1,0 +1,39 @@
+"""Every file in configs/ is one that the commands in its own head take."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_soup.cli.main import main
+from lightning_soup.runs.sweep_file import read_sweep_file
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+COMMANDS = {
+    "image_classifier.yaml": ["fit"],
+    "torchvision.yaml": ["fit"],
+    "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
+    "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_config_is_taken(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*COMMANDS[name], "--config", str(CONFIGS / name), "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    if name == "model_soup.yaml":
+        assert "lightning_soup.callbacks.ModelSoup" in printed
+        assert "GreedySoup" in printed
+    if name == "model_soups.yaml":
+        assert printed.index("GreedySoup") < printed.index("LearnedSoup")
+
+
+def test_sweep_file_is_taken():
+    settings = read_sweep_file(CONFIGS / "model_soups_sweep.yaml").settings(seed=0)
+    assert len(settings) == 12
+    assert all(1e-5 <= setting["model.lr"] <= 5e-5 for setting in settings)
+
+
+def test_none_is_left_out():
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*COMMANDS, "model_soups_sweep.yaml"}
