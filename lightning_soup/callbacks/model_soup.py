@@ -141,7 +141,7 @@ class ModelSoup(Callback):
             kept = _checkpoint_callback(trainer)
             self._earlier = set(kept.best_k_models) if kept else set()
             if isinstance(self.recipe, InterpolatedSoup):
-                self._start = str(self._folder(trainer) / "soup-start.ckpt")
+                self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
                 trainer.save_checkpoint(self._start, weights_only=True)
         gone = [path for path in self._epochs if not os.path.exists(path)]
         if gone:
@@ -160,7 +160,7 @@ class ModelSoup(Callback):
         """Keep this epoch's weights, and drop those of the oldest."""
         if self.last is None or trainer.fast_dev_run:
             return
-        path = str(self._folder(trainer) / f"soup-epoch={trainer.current_epoch}.ckpt")
+        path = str(self._folder(trainer) / f"{Path(self.filename).stem}-epoch={trainer.current_epoch}.ckpt")
         trainer.save_checkpoint(path, weights_only=True)
         self._epochs = [*(epoch for epoch in self._epochs if epoch != path), path]
         while len(self._epochs) > self.last:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -113,7 +114,7 @@ class ModuleEvaluator(Evaluator):
         inference_mode = loop.inference_mode
         loop.inference_mode = False  # metric states made in inference mode cannot be updated later
         try:
-            with quiet(), self._held_data(), hidden(trainer), ctrl_c_unchanged():
+            with quiet(), isolate_rng(), self._held_data(), hidden(trainer), ctrl_c_unchanged():
                 trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         finally:
             loop.inference_mode = inference_mode

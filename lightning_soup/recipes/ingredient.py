@@ -126,6 +126,11 @@ def gather_ingredients(
 
 def as_ingredients(ingredients: Sequence[Ingredient | Source | WeightsFile]) -> list[Ingredient]:
     """Accept checkpoints where ingredients are asked for, and give every one a label of its own."""
+    if isinstance(ingredients, (str, os.PathLike, Mapping)):
+        raise RecipeError(
+            f"expected a list of ingredients, got one {type(ingredients).__name__}. "
+            "gather_ingredients() makes one from paths and patterns."
+        )
     found = [item if isinstance(item, Ingredient) else Ingredient(item) for item in ingredients]
     names = [item.name for item in found]
     return [
@@ -174,8 +179,17 @@ def _run_record(path: Path) -> tuple[dict[str, Any], Path]:
                 record = json.loads(file.read_text())
             except ValueError as error:
                 raise RecipeError(f"{file}: not valid JSON ({error}). Remove it or run the sweep again.") from error
-            return (record if isinstance(record, dict) else {}), folder
+            return (record if _is_record(record) else {}), folder
     return {}, path
+
+
+def _is_record(record: object) -> bool:
+    """Whether a ``run.json`` is one that a sweep wrote, and not another program's."""
+    if not isinstance(record, dict) or not isinstance(record.get("checkpoint"), str):
+        return False
+    metrics, setting = record.get("metrics"), record.get("setting")
+    numbers = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
+    return numbers and isinstance(setting, dict)
 
 
 def _file_of_run(path: Path) -> Path:

@@ -110,8 +110,8 @@ class _Mixture:
         self.names = {name: alias.get(name, name) for name in first.specs}
         keys = list(dict.fromkeys(self.names.values())) if by == "tensor" else ["*"]
         self.rows = {key: r for r, key in enumerate(keys)}
-        self.z_RK = torch.zeros(len(keys), len(sources), dtype=torch.float64, requires_grad=True)
-        self.beta = torch.ones((), dtype=torch.float64, requires_grad=bool(head))
+        self.z_RK = torch.zeros(len(keys), len(sources), dtype=torch.float64, device="cpu", requires_grad=True)
+        self.beta = torch.ones((), dtype=torch.float64, device="cpu", requires_grad=bool(head))
 
     def _row(self, name: str) -> int:
         return self.rows.get("*", self.rows.get(self.names[name], 0))

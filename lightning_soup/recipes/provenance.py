@@ -54,7 +54,7 @@ def _describe(ingredient: "Ingredient", folder: Path) -> dict[str, Any]:
     source = str(ingredient.source)
     found: dict[str, Any] = {
         "label": ingredient.name,
-        "source": None if opened.path is None else os.path.relpath(opened.path, folder),
+        "source": None if opened.path is None else os.path.relpath(opened.path.resolve(), folder.resolve()),
         "digest": opened.digest(),
         "step": ingredient.step,
         "metrics": {name: float(value) for name, value in ingredient.metrics.items()},
@@ -93,7 +93,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
         raise RecipeError(
             f"{path}: was not cooked by lightning_soup (it holds no provenance), so it cannot be recooked."
         )
-    folder = original.path.parent
+    folder = original.path.resolve().parent
     opened, problems = [], []
     for item in record["ingredients"]:
         try:
@@ -106,7 +106,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     like = original if target.suffix != ".safetensors" else None
     if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
         for item, file in zip(record["ingredients"], opened, strict=True):
-            item["source"] = os.path.relpath(file.path, target.parent) if file.path else None
+            item["source"] = os.path.relpath(file.path.resolve(), target.parent.resolve()) if file.path else None
     write_combination(
         opened,
         record["coefficients"],

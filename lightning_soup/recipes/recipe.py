@@ -169,11 +169,12 @@ class Soup:
         """
         from lightning_soup.recipes.provenance import provenance_of
 
+        path = Path(path).expanduser()
         return write_combination(
             self._sources,
             self.coefficients,
             path,
-            provenance=provenance_of(self, Path(path).parent),
+            provenance=provenance_of(self, path.parent),
             accumulate=self.accumulate,
             like=like,
             progress=progress,
@@ -188,8 +189,8 @@ class Soup:
         specs = self._sources[0].specs
         rows = coefficient_rows(specs, self.coefficients, len(self.ingredients))
         floating = {name: spec.numel for name, spec in specs.items() if spec.dtype.is_floating_point}
-        weight = torch.tensor(list(floating.values()), dtype=torch.float64)
-        values = torch.tensor([rows[name] for name in floating], dtype=torch.float64)
+        weight = torch.tensor(list(floating.values()), dtype=torch.float64, device="cpu")
+        values = torch.tensor([rows[name] for name in floating], dtype=torch.float64, device="cpu")
         return tuple((weight @ values / weight.sum()).tolist())
 
     def table(self) -> "Table":

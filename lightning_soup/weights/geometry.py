@@ -43,7 +43,7 @@ def inner_products(checkpoints: Sequence[Source | WeightsFile], direction: Mappi
         for name, tensor in direction.items():
             flat = tensor.detach().reshape(-1).cpu()
             flat = flat if flat.dtype == torch.float64 else flat.float()
-            total = torch.zeros(len(opened), dtype=torch.float64)
+            total = torch.zeros(len(opened), dtype=torch.float64, device="cpu")
             for i, file in enumerate(opened):
                 for start, chunk in _chunks(file.tensors[name]):
                     part = flat[start : start + len(chunk)]

@@ -57,7 +57,7 @@ def combine_in_place(parts: Sequence[Part], target: WeightsFile, threads: int, p
 def new_tensors(parts: Sequence[Part]) -> dict[tuple[str, ...], Tensor]:
     """Make a tensor for each part, by its names; usable for training even if made in inference mode."""
     with torch.inference_mode(False):
-        return {part.names: torch.empty(part.spec.shape, dtype=part.spec.dtype) for part in parts}
+        return {part.names: torch.empty(part.spec.shape, dtype=part.spec.dtype, device="cpu") for part in parts}
 
 
 def tensor_writer(target: Tensor) -> Writer:

@@ -35,7 +35,7 @@ def check_output(path: str | os.PathLike) -> None:
     Raises:
         UnwritableOutput: An unknown suffix, a folder, or a place that cannot be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     _check_suffix(path)
     check_writable(path)
 

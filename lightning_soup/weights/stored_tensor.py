@@ -43,7 +43,7 @@ class Scratch:
     """
 
     def __init__(self, size: int) -> None:
-        self._raw = torch.empty(size, dtype=torch.uint8)
+        self._raw = torch.empty(size, dtype=torch.uint8, device="cpu")
         self._views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
 
     def view(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
@@ -84,11 +84,11 @@ class FileTensor:
         """The tensor, memory-mapped."""
         dtype, shape = self.spec.dtype, self.spec.shape
         if not self.spec.numel:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         stride = self.stride or _row_major(shape)
         span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))  # from the first element to the last
         storage = self.file.storage(self.offset, span * dtype.itemsize, dtype.itemsize)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
     def read(self, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, memoryview]:
         """Elements ``start`` to ``stop`` in row-major order, in ``scratch``: as a tensor and as bytes."""

@@ -277,3 +277,13 @@ def test_the_users_trainer_is_left_as_it_was(data):
     assert trainer.loggers == [logger]
     assert seen == []
     assert trainer.validate_loop.inference_mode is True
+
+
+def test_scoring_draws_no_random_numbers_of_the_user(data):
+    evaluator = ModuleEvaluator(TinyClassifier(), data)
+    candidate = weights_of(1)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    evaluator.score(candidate)
+    assert torch.rand(1) == expected

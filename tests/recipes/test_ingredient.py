@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_soup.errors import RecipeError, UnreadableCheckpoint
-from lightning_soup.recipes import Ingredient, gather_ingredients
+from lightning_soup.recipes import Ingredient, UniformSoup, gather_ingredients
 from lightning_soup.weights import open_checkpoint, save_weights
 
 
@@ -88,3 +88,17 @@ def test_one_file_under_two_labels(tmp_path):
     opened = open_checkpoint(save(tmp_path / "a.pt"))
     first, second = Ingredient(opened, label="first"), Ingredient(opened, label="second")
     assert [first.weights.label, second.weights.label, first.weights.label] == ["first", "second", "first"]
+
+
+@pytest.mark.parametrize("record", [{"status": 1}, [], {"checkpoint": "x", "metrics": {"a": "good"}, "setting": {}}])
+def test_a_run_record_of_another_program_is_passed_over(tmp_path, record):
+    save(tmp_path / "run" / "checkpoints" / "a.ckpt")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    found = Ingredient.from_path(tmp_path / "run")
+    assert found.weights.path.name == "a.ckpt"
+    assert found.metrics == {}
+
+
+def test_one_path_is_no_list_of_ingredients(tmp_path):
+    with pytest.raises(RecipeError, match="expected a list of ingredients, got one str"):
+        UniformSoup().cook("runs/*.ckpt")

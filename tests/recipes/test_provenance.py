@@ -91,3 +91,12 @@ def test_a_torch_soup_keeps_the_shape_of_its_ingredients(tmp_path):
     path = UniformSoup().cook(gather_ingredients(paths)).save(tmp_path / "soup.pth")
     content = torch.load(path, weights_only=True)
     assert set(content["model"]) == {f"module.{n}" for n in fine_tunes(1)[0]}
+
+
+def test_recook_through_a_linked_folder(files, tmp_path):
+    real = tmp_path / "deep" / "real"
+    real.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(real)
+    path = UniformSoup().cook(gather_ingredients(files)).save(tmp_path / "link" / "soup.safetensors")
+    assert recook(path).exists()
+    assert recook(real / "soup.safetensors").exists()
