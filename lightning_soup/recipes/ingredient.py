@@ -11,7 +11,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_soup.errors import RecipeError
+from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
 RUN_FILE = "run.json"
@@ -89,8 +89,8 @@ def gather_ingredients(
         sources: Each a file, a folder of weights, a run folder (with ``run.json`` or one file under ``checkpoints/``),
             a pattern such as ``runs/*/checkpoints/*.ckpt`` (sorted by name, numbers by value), an artifact reference
             ``wandb:entity/project/artifact:version``, or an :class:`Ingredient`.
-        output: Where the soup will be written. A pattern does not match this file, so that a second run with the same
-            pattern does not take the first soup for an ingredient.
+        output: Where the soup will be written. A pattern passes over an earlier soup there, so that a second run does
+            not take the first one's soup for an ingredient.
 
     Returns:
         The ingredients, labelled by the part of their paths that tells them apart. A file that two sources name is
@@ -98,6 +98,7 @@ def gather_ingredients(
 
     Raises:
         RecipeError: Nothing is given, or a pattern matches nothing.
+        UnwritableOutput: The output is itself an ingredient, which writing it would destroy.
         UnreadableCheckpoint: A file cannot be opened.
     """
     if isinstance(sources, (str, os.PathLike)):
@@ -110,11 +111,13 @@ def gather_ingredients(
         text = os.fspath(source)
         if has_magic(text) and not Path(text).exists() and not text.startswith("wandb:"):
             found = glob(os.path.expanduser(text), recursive=True)
-            matches = sorted((match for match in found if not _same_file(match, output)), key=_natural)
+            matches = sorted((match for match in found if not _is_earlier_soup(match, output)), key=_natural)
             if not matches:
                 raise RecipeError(f"{text!r} matches no file (searched from {Path.cwd()}). Check the pattern.")
         else:
             matches = [text]
+        for match in matches:
+            refuse_overwriting(match, output)
         paths |= {match if match.startswith("wandb:") else str(Path(match).resolve()): match for match in matches}
     if not paths:
         raise RecipeError("no ingredients given. Name checkpoint files, run folders or a pattern.")
@@ -144,8 +147,22 @@ def replace_label(ingredient: Ingredient, label: str) -> Ingredient:
     return replace(ingredient, label=label)
 
 
-def _same_file(path: str, other: str | os.PathLike | None) -> bool:
-    return other is not None and Path(path).resolve() == Path(other).resolve()
+def refuse_overwriting(ingredient: str | os.PathLike, output: str | os.PathLike | None) -> None:
+    """Refuse an output that is one of the ingredients.
+
+    Raises:
+        UnwritableOutput: It is.
+    """
+    if _same_file(ingredient, output):
+        raise UnwritableOutput(f"{output}: is one of the ingredients, and would be overwritten. Name another output.")
+
+
+def _is_earlier_soup(path: str, output: str | os.PathLike | None) -> bool:
+    return _same_file(path, output) and open_checkpoint(path).provenance is not None
+
+
+def _same_file(path: str | os.PathLike, other: str | os.PathLike | None) -> bool:
+    return other is not None and Path(path).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _natural(text: str) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from lightning_soup import __version__
 from lightning_soup.errors import RecipeError
 from lightning_soup.progress import Progress, silent
+from lightning_soup.recipes.ingredient import refuse_overwriting
 from lightning_soup.recipes.recipe import Soup, write_combination
 from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
@@ -86,6 +87,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
 
     Raises:
         RecipeError: The file has no provenance, or an ingredient is missing or has changed; all such are named.
+        UnwritableOutput: The output is the soup itself or one of its ingredients.
     """
     original = open_checkpoint(path)
     record = original.provenance
@@ -103,6 +105,9 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     if problems:
         raise RecipeError(f"{path}: cannot be recooked.\n  " + "\n  ".join(problems))
     target = Path(output) if output is not None else original.path.with_suffix(f".recooked{original.path.suffix}")
+    for file in (*opened, original):
+        if file.path is not None:
+            refuse_overwriting(file.path, target)
     like = original if target.suffix != ".safetensors" else None
     if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
         for item, file in zip(record["ingredients"], opened, strict=True):

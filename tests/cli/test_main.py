@@ -46,6 +46,17 @@ def test_a_second_run_does_not_take_the_soup_for_an_ingredient(files):
         assert labels == ["run-0", "run-1", "run-2"]
 
 
+@pytest.mark.parametrize("ingredients", [["run-*.pt"], ["run-0.pt", "run-1.pt"]], ids=["pattern", "named"])
+def test_an_ingredient_is_never_overwritten(files, capsys, ingredients):
+    before = (files / "run-1.pt").read_bytes()
+    assert run("soup", "--ingredients", *ingredients, "--output", "run-1.pt") == 1
+    assert "run-1.pt: is one of the ingredients" in capsys.readouterr().err
+    main(["soup", "--ingredients", "run-*.pt", "--output", "soup.safetensors"])
+    assert run("recook", "soup.safetensors", "--output", "./run-1.pt") == 1
+    assert run("recook", "soup.safetensors", "--output", "soup.safetensors") == 1
+    assert (files / "run-1.pt").read_bytes() == before
+
+
 def test_a_pattern_that_the_shell_expanded(files):
     main(["soup", "--ingredients", "run-0.pt", "run-1.pt", "--output", "soup.pt"])
     assert len(open_checkpoint("soup.pt").provenance["ingredients"]) == 2
