@@ -1,5 +1,7 @@
 """ImageClassifier: fine-tuning any timm model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import timm
@@ -35,6 +37,8 @@ class ImageClassifier(LightningModule):
         pretrained: Start from timm's own weights (downloaded once).
         checkpoint_path: Start from the weights of a checkpoint: Lightning, safetensors, raw timm, a soup.
         reset_head: Start the head anew where ``checkpoint_path`` has other classes.
+        head_seed: Seed of a head that is new (``pretrained`` with other classes, ``reset_head``), whatever the seed of
+            the run, so that all ingredients of a soup start alike. Training from nothing follows the run's own seed.
         img_size: Side of the images, where it is not the model's own.
         in_chans: Colour channels of the images.
         drop_rate: Dropout before the head; None: the model's own default.
@@ -62,6 +66,7 @@ class ImageClassifier(LightningModule):
         pretrained: bool = False,
         checkpoint_path: str | None = None,
         reset_head: bool = False,
+        head_seed: int = 0,
         img_size: int | None = None,
         in_chans: int = 3,
         drop_rate: float | None = None,
@@ -84,16 +89,20 @@ class ImageClassifier(LightningModule):
             )
         _check_ranges(lr, weight_decay, betas, warmup, layer_decay, label_smoothing, mixup)
         self.save_hyperparameters()
-        self.model = _build(
-            model_name,
-            pretrained,
-            model_args or {},
-            num_classes=num_classes,
-            img_size=img_size,
-            in_chans=in_chans,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
+        # What the starting weights do not bring, the head for new classes, is drawn from a seed of its own: runs that
+        # are seeded apart must still start from one point, or their average is of no use.
+        fixed = head_seed if pretrained or reset_head else None
+        with _drawn_from(fixed):
+            self.model = _build(
+                model_name,
+                pretrained,
+                model_args or {},
+                num_classes=num_classes,
+                img_size=img_size,
+                in_chans=in_chans,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+            )
         if checkpoint_path:
             load_initial_weights(self.model, checkpoint_path, reset_head)
         # Loggers show where training started (they read the initial hyperparameters), but what a checkpoint holds are
@@ -213,6 +222,17 @@ class ImageClassifier(LightningModule):
     def _reset(self, stage: str) -> None:
         for metric in self.accuracies[stage]:
             metric.reset()
+
+
+@contextmanager
+def _drawn_from(seed: int | None) -> Iterator[None]:
+    """Draw random numbers from a seed, and leave the run's own stream as it was; None: from the run's own."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _build(model_name: str, pretrained: bool, model_args: dict[str, Any], **arguments: int | float | None) -> nn.Module:

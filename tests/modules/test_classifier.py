@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.classifier import ImageClassifier
+from lightning_soup.weights import save_weights
 from tests.helpers.images import write_folders, write_mnist
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
@@ -374,3 +375,29 @@ def test_a_barebones_trainer_has_nothing_to_log():
     trainer = Trainer(barebones=True, accelerator="cpu", devices=1, max_epochs=1)
     trainer.fit(model, Shapes().train_dataloader(), Shapes().val_dataloader())
     assert trainer.global_step == 6
+
+
+def test_a_new_head_is_the_same_in_runs_that_are_seeded_apart(tmp_path):
+    start = ImageClassifier(**TINY)
+    save_weights(start, tmp_path / "start.safetensors")
+    other = {**TINY, "num_classes": TINY["num_classes"] + 2, "checkpoint_path": str(tmp_path / "start.safetensors")}
+    heads, streams = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = torch.rand(1)
+        torch.manual_seed(seed)
+        heads.append(ImageClassifier(**other, reset_head=True).model.get_classifier().weight)
+        streams.append(torch.rand(1) == expected)
+    assert torch.equal(*heads)
+    assert all(streams)
+    assert not torch.equal(
+        heads[0], ImageClassifier(**other, reset_head=True, head_seed=1).model.get_classifier().weight
+    )
+
+
+def test_training_from_nothing_follows_the_seed_of_the_run():
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        heads.append(ImageClassifier(**TINY).model.get_classifier().weight)
+    assert not torch.equal(*heads)
