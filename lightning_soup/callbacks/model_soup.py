@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
 from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import Ingredient, InterpolatedSoup, Recipe, Soup, UniformSoup
@@ -38,7 +39,7 @@ class ModelSoup(Callback):
         last: Soup the weights at the end of the last ``last`` epochs instead (each saved without optimizer state), and
             do not ask for a ``ModelCheckpoint``.
         monitor: Metric that scores the soup and its candidates; that of the ``ModelCheckpoint`` by default.
-        mode: ``"max"`` or ``"min"``; that of the ``ModelCheckpoint`` by default, else ``"max"``.
+        mode: ``"max"`` or ``"min"``; that of the ``ModelCheckpoint`` by default, else ``"min"`` for losses and errors.
         leave: What the module holds afterwards: ``"soup"``, or the ``"live"`` weights that training ended with.
         dirpath: Folder of the soup; that of the checkpoints by default.
         filename: Name of the soup's file. A ``.ckpt`` is loadable by ``load_from_checkpoint``.
@@ -126,7 +127,8 @@ class ModelSoup(Callback):
     def _metric(self, trainer: Trainer) -> tuple[str | None, Literal["min", "max"]]:
         kept = _checkpoint_callback(trainer)
         if self.monitor is not None:
-            return self.monitor, self.mode or (kept.mode if kept and kept.monitor == self.monitor else "max")
+            told = kept.mode if kept and kept.monitor == self.monitor else direction(self.monitor)
+            return self.monitor, self.mode or told
         return (kept.monitor, self.mode or kept.mode) if kept else (None, self.mode or "max")
 
     # --------------------------------------------------------------------------------------------- while training
@@ -143,6 +145,12 @@ class ModelSoup(Callback):
             if isinstance(self.recipe, InterpolatedSoup):
                 self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
                 trainer.save_checkpoint(self._start, weights_only=True)
+        elif isinstance(self.recipe, InterpolatedSoup) and not (self._start and os.path.exists(self._start)):
+            raise UnsupportedSetup(
+                "ModelSoup(InterpolatedSoup()) needs the weights before the first step, but "
+                f"{trainer.ckpt_path} names no file with them that is still there. Resume a fit that had this callback from its beginning, or choose "
+                "another recipe."
+            )
         gone = [path for path in self._epochs if not os.path.exists(path)]
         if gone:
             rank_zero_warn(f"ModelSoup: {', '.join(gone)} of the earlier fit is gone, and will not be in the soup.")

@@ -45,6 +45,10 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"lightning-soup: {error}\n")
         raise SystemExit(1) from None
+    except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, which would otherwise end as a success
+            raise SystemExit(143) from None
+        raise
     except KeyboardInterrupt:
         if debug:
             raise

@@ -122,6 +122,9 @@ def _construct(kind: type, *args: Any, applied_instantiation_links: dict[str, An
     return kind(*args, **kwargs)
 
 
+_SAVED_BY_LIGHTNING = b"# lightning.pytorch=="  # the first line of every config that it saves
+
+
 class _SaveConfig(SaveConfigCallback):
     """Saves the complete config beside the logs: over an earlier one, never over a file the user gave."""
 
@@ -131,8 +134,10 @@ class _SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Without a logger the folder is the current one, where people keep a config.yaml of their own.
-        if trainer.log_dir and Path(trainer.log_dir, self.config_filename).resolve() in self.inputs:
-            self.config_filename = "config.saved.yaml"
+        if trainer.log_dir:
+            path = Path(trainer.log_dir, self.config_filename).resolve()
+            if path in self.inputs or (path.is_file() and not path.read_bytes().startswith(_SAVED_BY_LIGHTNING)):
+                self.config_filename = "config.saved.yaml"
         super().setup(trainer, pl_module, stage)
 
 

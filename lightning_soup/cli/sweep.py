@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +15,7 @@ import yaml
 from lightning_soup.cli.sweep_check import check_settings
 from lightning_soup.cli.sweep_training import RunCLI, train_setting
 from lightning_soup.errors import LightningSoupError
+from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.own_loops import no_notices
 from lightning_soup.progress import rich_progress
 from lightning_soup.recipes.recipe import Recipe
@@ -69,7 +70,9 @@ def sweep(
     file = read_sweep_file(sweep_file)
     settings = file.settings(seed)
     if mode is None:
-        mode = "min" if file.metric and metric in (None, file.metric) and file.goal == "minimize" else "max"
+        told = file.metric is not None and metric in (None, file.metric)
+        goal: Literal["max", "min"] = "min" if file.goal == "minimize" else "max"
+        mode = goal if told else direction(metric or "val_acc")
     metric = metric or file.metric or "val_acc"
     config = check_settings(Path(base), file.path, settings)
     name = re.sub(r"[^\w.-]+", "-", file.name).strip(".-") or "sweep"
@@ -80,7 +83,7 @@ def sweep(
             Path("runs", name) if folder is None else folder,
             seed=seed,
             jobs=jobs,
-            fingerprint=fingerprint(Path(base)),
+            fingerprint=fingerprint(Path(base), settings),
             # With one job Lightning's own bar is on the screen, unless the config turns it off.
             progress=_lines if jobs == 1 and config.trainer.enable_progress_bar is not False else rich_progress,
         )
@@ -94,15 +97,15 @@ def sweep(
     return result
 
 
-def fingerprint(base: Path) -> str:
-    """Hash a config by content: its values, and every file that it names.
+def fingerprint(base: Path, settings: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Hash a config by content: its values, and every file that it or a setting names.
 
     Comments and the order of keys do not count. New weights under an old `checkpoint_path` do. Of files too
     large to read each time, size and date stand for the content.
     """
     config = yaml.safe_load(base.read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for text in sorted(set(_strings(config))):
+    for text in sorted({*_strings(config), *_strings([dict(setting) for setting in settings])}):
         path = next((p for p in (text, os.path.join(base.parent, text)) if os.path.isfile(p)), None)
         if path is None:
             continue

@@ -29,7 +29,7 @@ class SoupTrainer(Trainer):
         recipe: Recipe | None = None,
         output: str = "soup.safetensors",
         metric: str = "val_acc",
-        mode: Literal["min", "max"] = "max",
+        mode: Literal["min", "max"] | None = None,
         init: str | None = None,
         beside: list[Recipe] | None = None,
         report: bool = True,
@@ -47,7 +47,8 @@ class SoupTrainer(Trainer):
             recipe: How the coefficients are chosen; UniformSoup by default.
             output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient.
             metric: Metric that the validation step logs.
-            mode: Whether a large (max) or a small (min) value of the metric is good.
+            mode: Whether a large (max) or a small (min) value of the metric is good; by default min for losses and
+                errors, known by their names, and max for all else.
             init: The weights that all ingredients started from: for WiSE-FT, and for the report's curve.
             beside: Other recipes to show beside this one in the report.
             report: Measure on the test data and write the report. Costs a validation and a test pass per ingredient, a

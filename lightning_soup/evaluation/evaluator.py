@@ -1,5 +1,6 @@
 """What a recipe asks of the outside world: how good are these weights?"""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -9,6 +10,14 @@ from torch import Tensor
 from lightning_soup.errors import RecipeError
 
 Weights = Mapping[str, Tensor]
+
+
+_SMALLER_IS_BETTER = {"loss", "error", "err", "nll", "ppl", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ece"}
+
+
+def direction(metric: str) -> Literal["min", "max"]:
+    """Whether a metric is minimised, by its name: losses and errors are (``val_loss``, ``val/mse``), others are not."""
+    return "min" if _SMALLER_IS_BETTER & set(re.split(r"[^a-z]+", metric.lower())) else "max"
 
 
 class Evaluator(ABC):

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_soup.errors import RecipeError, UnsupportedSetup
-from lightning_soup.evaluation.evaluator import Evaluator, Weights
+from lightning_soup.evaluation.evaluator import Evaluator, Weights, direction
 from lightning_soup.evaluation.outcomes import Outcome
 from lightning_soup.evaluation.own_loops import OwnLoops, ctrl_c_unchanged, quiet
 from lightning_soup.weights.combine import combine
@@ -43,7 +43,8 @@ class ModuleEvaluator(Evaluator):
         module: The module; its weights are overwritten.
         datamodule: Its data.
         metric: A metric that the validation step logs.
-        mode: ``"max"`` where larger is better, ``"min"`` where smaller is.
+        mode: ``"max"`` where larger is better, ``"min"`` where smaller is; by default losses and errors, known by their
+            names (``val_loss``, ``val/mse``), are minimised and all else is maximised.
         trainer: Trainer that validates (devices, precision); a quiet one on one device by default.
 
     Raises:
@@ -55,9 +56,10 @@ class ModuleEvaluator(Evaluator):
         module: LightningModule,
         datamodule: LightningDataModule | None,
         metric: str = "val_acc",
-        mode: Literal["min", "max"] = "max",
+        mode: Literal["min", "max"] | None = None,
         trainer: Trainer | None = None,
     ) -> None:
+        mode = mode or direction(metric)
         if mode not in ("min", "max"):
             raise RecipeError(f"mode={mode!r}: expected 'max' (larger is better) or 'min'.")
         self.module, self.datamodule, self.metric, self.mode = module, datamodule, metric, mode

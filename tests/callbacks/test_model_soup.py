@@ -365,3 +365,12 @@ def test_two_ranks_agree(tmp_path):
         whole = ModuleEvaluator(TinyClassifier(), TinyData())  # 60 samples: two ranks of 30
         assert first["score"] == pytest.approx(whole.score(saved))
         assert all((saved[name].numpy() == value).all() for name, value in first["weights"].items())
+
+
+def test_wise_ft_without_its_start_is_refused_on_resume(tmp_path):
+    saved = ModelCheckpoint(tmp_path / "kept", save_last=True, save_top_k=0)
+    fit(tmp_path, ModelSoup(last=2), checkpoint=saved, epochs=2)
+    again = ModelCheckpoint(tmp_path / "kept", save_last=True, save_top_k=0)
+    soup = ModelSoup(InterpolatedSoup(alpha=0.5), last=2)
+    with pytest.raises(UnsupportedSetup, match="needs the weights before the first step"):
+        fit(tmp_path, soup, checkpoint=again, ckpt_path=tmp_path / "kept" / "last.ckpt")

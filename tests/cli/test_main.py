@@ -192,3 +192,14 @@ def test_file_commands_do_not_import_lightning(files):
 def test_help_imports_nothing_heavy():
     code = "from lightning_soup.cli.main import main", "main(['--help'])"
     assert not loaded_modules(*code) & (HEAVY | {"torch", "jsonargparse"})
+
+
+def test_termination_is_no_success(files, monkeypatch):
+    class SIGTERMException(SystemExit):
+        """As Lightning raises it: without a status."""
+
+    def terminated(*_args):
+        raise SIGTERMException
+
+    monkeypatch.setattr("lightning_soup.cli.main._run", terminated)
+    assert run("soup", "--ingredients", "run-*.pt") == 143

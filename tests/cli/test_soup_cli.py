@@ -80,6 +80,14 @@ def test_saving_the_config_replaces_an_earlier_one_but_never_the_users(tmp_path)
     assert whole.read_text() == before
 
 
+def test_saving_the_config_leaves_other_files_of_that_name_alone(tmp_path):
+    write_yaml(tmp_path / "mine.yaml", config(max_epochs=1))
+    (tmp_path / "config.yaml").write_text("my: notes\n")
+    SoupCLI(["fit", "--config", "mine.yaml"])
+    assert (tmp_path / "config.yaml").read_text() == "my: notes\n"
+    assert (tmp_path / "config.saved.yaml").exists()
+
+
 def test_public_classes_have_short_names():
     cli = SoupCLI({**config(), "data": "HandwritingDataModule"}, run=False)
     assert type(cli.datamodule).__module__ == "lightning_soup.data.handwriting"

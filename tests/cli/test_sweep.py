@@ -164,6 +164,15 @@ def test_fingerprint_is_of_values_and_of_named_files(tmp_path):
     fingerprint(write_yaml(base, {"text": "a long text that names no file" * 100, "nul": "\0"}))
 
 
+def test_fingerprint_counts_files_that_settings_name(tmp_path):
+    start = tmp_path / "start.ckpt"
+    start.write_bytes(b"one")
+    base, settings = write_yaml(tmp_path / "named.yaml", {"lr": 0.1}), [{"model.checkpoint_path": str(start)}]
+    first = fingerprint(base, settings)
+    start.write_bytes(b"two")
+    assert fingerprint(base, settings) != first
+
+
 def test_fingerprint_of_large_files_is_their_size_and_date(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_soup.cli.sweep._LARGE", 2)
     data = tmp_path / "data.bin"

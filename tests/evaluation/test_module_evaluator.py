@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from lightning_soup.errors import RecipeError, UnsupportedSetup
 from lightning_soup.evaluation import ModuleEvaluator
+from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.weights import open_checkpoint, save_weights
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.trainers import quiet_trainer
@@ -287,3 +288,22 @@ def test_scoring_draws_no_random_numbers_of_the_user(data):
     torch.manual_seed(3)
     evaluator.score(candidate)
     assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("val_loss", "min"),
+        ("val/mse", "min"),
+        ("Val-Error", "min"),
+        ("val_acc", "max"),
+        ("lossless", "max"),
+    ],
+)
+def test_the_direction_of_a_metric_by_its_name(metric, expected):
+    assert direction(metric) == expected
+
+
+def test_a_loss_is_minimised_without_being_told(data):
+    evaluator = ModuleEvaluator(TinyClassifier(), data, "val_loss")
+    assert evaluator.score(weights_of(1)) == pytest.approx(-loss(weights_of(1), data.val))
