@@ -148,8 +148,8 @@ class ModelSoup(Callback):
         elif isinstance(self.recipe, InterpolatedSoup) and not (self._start and os.path.exists(self._start)):
             raise UnsupportedSetup(
                 "ModelSoup(InterpolatedSoup()) needs the weights before the first step, but "
-                f"{trainer.ckpt_path} names no file with them that is still there. Resume a fit that had this callback from its beginning, or choose "
-                "another recipe."
+                f"{trainer.ckpt_path} names no file with them that is still there. Resume a fit that had this "
+                "callback from its beginning, or choose another recipe."
             )
         gone = [path for path in self._epochs if not os.path.exists(path)]
         if gone:
