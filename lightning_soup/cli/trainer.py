@@ -2,13 +2,14 @@
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
 from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
@@ -59,7 +60,8 @@ class SoupTrainer(Trainer):
 
         Raises:
             LightningSoupError: Ingredients that cannot be read or averaged, an unknown metric, an output that cannot be
-                written. Nothing half-written is left.
+                written. Nothing half-written is left. Test data that cannot be reported on is a warning: the soup is
+                saved by then.
         """
         if self.world_size > 1:
             raise UnsupportedSetup(
@@ -78,19 +80,26 @@ class SoupTrainer(Trainer):
         soups = cook_all([chosen, *(beside or ())], found, evaluator, start, shown)
         soup = soups[str(chosen)]
         path = soup.save(output)
+        self._tell(soup.table(), f"Saved: {path}")
+        measured = None
         if report and is_overridden("test_dataloader", datamodule):
             title = f"Soup of {len(found)} ingredients"
             saved = {str(chosen): path}
-            measured = measure(
-                soups, found, evaluator, start, saved=saved, title=title, commands=_typed(), progress=shown
-            )
-            page = measured.write(path.parent / f"{path.stem}_report")
-            log_report(self.loggers, measured, path)
-            self._tell(measured.table(), measured.headline, f"Report: {page}")
-        else:
+            try:
+                measured = measure(
+                    soups, found, evaluator, start, saved=saved, title=title, commands=_typed(), progress=shown
+                )
+                page = measured.write(path.parent / f"{path.stem}_report")
+            except LightningSoupError as error:  # the soup is there; data that cannot be reported on does not undo it
+                measured = None
+                warnings.warn(f"no report was written: {error}", stacklevel=2)
+            else:
+                self._tell(measured.table(), measured.headline, f"Report: {page}")
+        if measured is None:
             log_soup(self.loggers, soup, path)
+        else:
+            log_report(self.loggers, measured, path)
         soup.apply_to(model)
-        self._tell(soup.table(), f"Saved: {path}")
         return soup
 
     def _tell(self, *lines: object) -> None:

@@ -238,6 +238,8 @@ class ModuleEvaluator(Evaluator):
                 made = self.datamodule.third_dataloader()
             else:
                 made = self._validation()
+            if made is None:
+                raise RecipeError(f"{type(self.datamodule).__name__} gives no data loader for the {split} split.")
             self._loaders[split] = listed(made)
         return self._loaders[split]
 

@@ -89,6 +89,8 @@ class OwnLoops:
         """Logits and targets of all batches; ``groups`` tells which rows stem from one image."""
         with self.detached(), torch.inference_mode():
             parts = [(self._logits(batch).float().cpu(), _targets(batch).cpu()) for batch in batches]
+            if not parts:
+                raise RecipeError("a test loader gave no batches (drop_last?), so there is nothing to report.")
             logits, targets = (torch.cat(column) for column in zip(*parts, strict=True))
         return Outcome(logits.clone(), targets.clone(), groups)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 from lightning_soup.cli.main import main
 from lightning_soup.cli.trainer import SoupTrainer
@@ -121,3 +122,19 @@ def test_more_than_one_device_is_refused(tmp_path):
     trainer = SoupTrainer(**{**QUIET, "devices": 2, "strategy": "ddp_fork"})
     with pytest.raises(UnsupportedSetup, match=r"--trainer\.devices=1"):
         trainer.soup(TinyClassifier(), TinyData(), ingredients=["x"], output=str(tmp_path / "soup.pt"))
+
+
+@pytest.mark.parametrize("loaders", [None, "empty"])
+def test_a_soup_is_kept_where_the_test_data_allow_no_report(tmp_path, loaders):
+    class Untestable(TinyData):
+        def test_dataloader(self):
+            return None if loaders is None else [DataLoader(test, 100, drop_last=True) for test in self.test]
+
+    _, files = tiny_run()
+    output = tmp_path / "soup.ckpt"
+    with pytest.warns(UserWarning, match="no report was written"):
+        SoupTrainer(**QUIET).soup(
+            TinyClassifier(), Untestable(), ingredients=[str(file) for file in files], output=str(output)
+        )
+    assert open_checkpoint(output).provenance is not None
+    assert not (tmp_path / "soup_report").exists()
