@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
 from lightning_soup.progress import rich_progress, silent
@@ -206,7 +206,14 @@ class ModelSoup(Callback):
         device, left = pl_module.device, False
         try:
             # Checkpoints of one run have a common start, however far they have gone from it.
-            soup = self.recipe.without_start_check().cook(ingredients, evaluator, shown)
+            recipe = self.recipe.without_start_check()
+            try:
+                soup = recipe.cook(ingredients, evaluator, shown)
+            except RecipeError as error:
+                if self.recipe.needs_evaluator or evaluator is None:
+                    raise
+                rank_zero_warn(f"ModelSoup: the soup gets no score: {error}")
+                soup = recipe.cook(ingredients, None, shown)
             coefficients = trainer.strategy.broadcast(soup.coefficients)  # learned ones may differ in the last bits
             self.soup = replace(soup, recipe=str(self.recipe), coefficients=coefficients)
             self.soup_path = self._save(trainer, self.soup)

@@ -91,7 +91,7 @@ def _summary(opened: "WeightsFile") -> Table:
         "types": ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds.items()),
         "digest": opened.digest(),
         **{key: str(value) for key, value in opened.metadata.items() if isinstance(value, (int, float))},
-        "hyperparameters": ", ".join(f"{k}={v}" for k, v in opened.metadata.get("hyper_parameters", {}).items()),
+        "hyperparameters": ", ".join(f"{k}={v}" for k, v in opened.mapping_beside("hyper_parameters").items()),
         "not opened": ", ".join(opened.dropped),
     }.items():
         if value:

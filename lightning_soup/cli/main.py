@@ -82,12 +82,12 @@ def _one_list(arguments: list[str], flag: str) -> list[str]:
         values = []
         for word in words:
             if word.startswith("--"):
-                found.append(f"{flag}={json.dumps(values)}")
+                found.append(f"{flag}={json.dumps(values, ensure_ascii=False)}")
                 found.append(word)
                 break
             values.append(word)
         else:
-            found.append(f"{flag}={json.dumps(values)}")
+            found.append(f"{flag}={json.dumps(values, ensure_ascii=False)}")
     return found
 
 

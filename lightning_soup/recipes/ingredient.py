@@ -73,7 +73,7 @@ class Ingredient:
         cls, opened: WeightsFile, source: str, label: str | None, record: Mapping[str, Any]
     ) -> "Ingredient":
         metrics = _monitored(opened) | {k: float(v) for k, v in record.get("metrics", {}).items()}
-        hparams = dict(record.get("setting", {}) or opened.metadata.get("hyper_parameters", {}))
+        hparams = record.get("setting") or opened.mapping_beside("hyper_parameters")
         step = opened.metadata.get("global_step")
         found = cls(source, metrics, step if isinstance(step, int) else None, hparams, label or opened.label)
         found.__dict__["weights"] = opened
@@ -224,7 +224,7 @@ def _file_of_run(path: Path) -> Path:
 def _monitored(opened: WeightsFile) -> dict[str, float]:
     """The score that ModelCheckpoint recorded for a file when it wrote it."""
     metrics = {}
-    for state in opened.metadata.get("callbacks", {}).values():
+    for state in opened.mapping_beside("callbacks").values():
         if not isinstance(state, dict) or not isinstance(state.get("monitor"), str):
             continue
         kept = {Path(str(path)).name: score for path, score in state.get("best_k_models", {}).items()}

@@ -94,9 +94,9 @@ def _save(content: Mapping[str, Any], path: Path) -> None:
     try:
         with open(path, "wb") as stream:
             torch.save(content, stream)
-    except RuntimeError as error:  # torch's writer hides what the file system said
+    except RuntimeError as error:  # torch's writer hides what the file system, or Ctrl-C, said
         cause = error.__cause__ or error.__context__
-        if isinstance(cause, OSError):
+        if isinstance(cause, (OSError, KeyboardInterrupt)):
             raise cause from error
         raise
 

@@ -97,6 +97,11 @@ class WeightsFile(Mapping[str, Tensor]):
             groups.setdefault(tensor.identity, []).append(name)
         return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
+    def mapping_beside(self, name: str) -> dict[str, Any]:
+        """An entry of the metadata that should be a mapping; empty where a foreign file has something else there."""
+        value = self.metadata.get(name)
+        return dict(value) if isinstance(value, Mapping) else {}
+
     @property
     def provenance(self) -> dict[str, Any] | None:
         """How the weights were cooked, where lightning_soup wrote them.

@@ -203,6 +203,8 @@ def test_no_checkpoint_callback(tmp_path):
 class Failing(Recipe):
     """No dataclass, as a user may write one; leaves a candidate in the module and fails."""
 
+    needs_evaluator = True
+
     def cook(self, ingredients, evaluator=None, progress=None):
         for value in evaluator.slot().values():
             value.zero_()
@@ -374,3 +376,18 @@ def test_wise_ft_without_its_start_is_refused_on_resume(tmp_path):
     soup = ModelSoup(InterpolatedSoup(alpha=0.5), last=2)
     with pytest.raises(UnsupportedSetup, match="needs the weights before the first step"):
         fit(tmp_path, soup, checkpoint=again, ckpt_path=tmp_path / "kept" / "last.ckpt")
+
+
+def test_a_metric_that_gives_no_score_does_not_cost_a_uniform_soup(tmp_path):
+    class Logging(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="train_loss", save_top_k=3)
+    soup = ModelSoup()
+    with pytest.warns(UserWarning, match="the soup gets no score: the metric 'train_loss' is not logged"):
+        fit(tmp_path, soup, checkpoint=kept, module=Logging())
+    assert soup.soup.score is None
+    assert soup.soup_path.exists()

@@ -203,3 +203,9 @@ def test_termination_is_no_success(files, monkeypatch):
 
     monkeypatch.setattr("lightning_soup.cli.main._run", terminated)
     assert run("soup", "--ingredients", "run-*.pt") == 143
+
+
+def test_names_in_any_script(files):
+    os.rename("run-0.pt", "lauf-ä-😀.pt")
+    main(["soup", "--ingredients", "lauf-ä-😀.pt", "run-1.pt", "--output", "soup.pt"])
+    assert "lauf-ä-😀" in {item["label"] for item in open_checkpoint("soup.pt").provenance["ingredients"]}

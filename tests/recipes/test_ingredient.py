@@ -102,3 +102,12 @@ def test_a_run_record_of_another_program_is_passed_over(tmp_path, record):
 def test_one_path_is_no_list_of_ingredients(tmp_path):
     with pytest.raises(RecipeError, match="expected a list of ingredients, got one str"):
         UniformSoup().cook("runs/*.ckpt")
+
+
+@pytest.mark.parametrize("foreign", [[1, 2], None, "text", {"a": 1}])
+def test_metadata_of_other_programs_is_passed_over(tmp_path, foreign):
+    content = {"state_dict": {"w": torch.ones(2, 2)}, "callbacks": foreign, "hyper_parameters": foreign}
+    torch.save({**content, "pytorch-lightning_version": "2.4.0"}, tmp_path / "a.ckpt")
+    found = Ingredient.from_path(tmp_path / "a.ckpt")
+    assert found.hparams == (foreign if isinstance(foreign, dict) else {})
+    assert found.metrics == {}
