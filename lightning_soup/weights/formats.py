@@ -77,6 +77,8 @@ def _from_object(content: Any, path: Path, which: str) -> WeightsFile:
         stamp = getattr(content, "state", {}).get("_metadata")
         return weights_of(content, path, "torch", beside=_stamp(stamp))
     lightning = "pytorch-lightning_version" in content
+    if which not in ("average", "raw"):
+        return _named_average(content, path, which)
     keys = (_RAW_KEYS + _AVERAGE_KEYS) if which == "raw" or lightning else (_AVERAGE_KEYS + _RAW_KEYS)
     if lightning and which == "raw":  # Lightning's averaging callbacks put the average under state_dict
         keys = ("current_model_state", *keys)
@@ -95,6 +97,27 @@ def _from_object(content: Any, path: Path, which: str) -> WeightsFile:
         f"{path}: no weights found. It holds {shown or 'nothing'}; expected tensors at the top or under one "
         f"of {', '.join(_RAW_KEYS + _AVERAGE_KEYS)}."
     )
+
+
+def _named_average(content: Mapping[str, Any], path: Path, which: str) -> WeightsFile:
+    """One of the live averages that a Lightning checkpoint holds; what it left out is as in the live weights."""
+    callbacks = content.get("callbacks")
+    states = [state for state in callbacks.values() if isinstance(state, dict)] if isinstance(callbacks, dict) else []
+    averages = {s["name"]: s["average"] for s in states if _is_weights(s.get("average")) and "name" in s}
+    if which not in averages:
+        held = ", ".join(map(repr, averages)) or "none"
+        raise UnreadableCheckpoint(
+            f"{path}: holds no live average {which!r} (of those it holds {held}). Expected which='average', 'raw' or the "
+            "name of one of them."
+        )
+    key = "current_model_state" if _is_weights(content.get("current_model_state")) else "state_dict"
+    live = content.get(key)
+    if not _is_weights(live):
+        raise UnreadableCheckpoint(f"{path}: holds the average {which!r} but not the weights around it.")
+    names = clean_names([name for name in live if isinstance(name, str)], str(path))
+    merged = {name: averages[which].get(names.get(name), value) for name, value in live.items()}
+    beside = {name: value for name, value in content.items() if name != key}
+    return weights_of(merged, path, "lightning", key=key, beside=beside)
 
 
 def _kind(value: Any) -> str:

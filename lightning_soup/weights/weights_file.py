@@ -138,7 +138,7 @@ class WeightsFile(Mapping[str, Tensor]):
         return self._digest
 
 
-def open_checkpoint(source: Source | WeightsFile, *, which: Literal["average", "raw"] = "average") -> WeightsFile:
+def open_checkpoint(source: Source | WeightsFile, *, which: str = "average") -> WeightsFile:
     """Open weights of any supported format without reading them and without running code from the file.
 
     Formats, told apart by their content and not by their suffix: safetensors; ``torch.save`` files, old and
@@ -151,13 +151,14 @@ def open_checkpoint(source: Source | WeightsFile, *, which: Literal["average", "
     Args:
         source: A path, a mapping from name to tensor, a module, or an opened file (returned as it is).
         which: Files that hold an average and the raw weights (Lightning's averaging callbacks, timm's
-            ``state_dict_ema``) open as the average; ``"raw"`` opens the weights as training left them.
+            ``state_dict_ema``) open as the average; ``"raw"`` opens the weights as training left them, and the name
+            of a live average (``"ema"``, …) that one of several.
 
     Returns:
         The opened weights.
 
     Raises:
-        UnreadableCheckpoint: The source does not exist, is damaged, or holds no weights.
+        UnreadableCheckpoint: The source does not exist, is damaged, holds no weights, or no average of that name.
 
     Example:
         >>> import torch
@@ -165,8 +166,8 @@ def open_checkpoint(source: Source | WeightsFile, *, which: Literal["average", "
         >>> {name: str(spec) for name, spec in weights.specs.items()}
         {'weight': 'float32 [3, 2]', 'bias': 'float32 [3]'}
     """
-    if which not in ("average", "raw"):
-        raise ValueError(f"which={which!r}: expected 'average' or 'raw'.")
+    if not isinstance(which, str) or not which:
+        raise ValueError(f"which={which!r}: expected 'average', 'raw' or the name of a live average.")
     if isinstance(source, WeightsFile):
         return source
     if isinstance(source, nn.Module):

@@ -1,0 +1,317 @@
+"""Which tensors of a module are averaged, and how their averages get into the module and out again."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchmetrics import Metric
+
+from lightning_soup.callbacks.shadow import Shadow
+from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
+from lightning_soup.weights.weights_file import clean_names
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor in a module. Looked up at each use: modules may put another tensor there.
+
+    Attributes:
+        name: Its name without the prefixes of wrappers.
+        owner: The module that holds it.
+        key: Its name in the owner.
+        is_buffer: A buffer; else a parameter.
+        shape: Its shape when averaging began; of a sharded one, the whole.
+    """
+
+    name: str
+    owner: nn.Module
+    key: str
+    is_buffer: bool
+    shape: torch.Size
+
+    @property
+    def tensor(self) -> Tensor:
+        """What stands there now; a sharded tensor as it is.
+
+        Raises:
+            UnsupportedSetup: It is gone, or has another shape.
+        """
+        found = (self.owner._buffers if self.is_buffer else self.owner._parameters).get(self.key)
+        if found is None or found.shape != self.shape:
+            now = "gone" if found is None else f"of shape {list(found.shape)}"
+            raise UnsupportedSetup(
+                f"{self.name} had the shape {list(self.shape)} when averaging began and is now {now}. An average over "
+                f"different shapes has no meaning: leave it out with exclude=[{self.name!r}], or change it before fit."
+            )
+        return found
+
+    @property
+    def local(self) -> Tensor:
+        """What stands there now; of a sharded tensor the shard of this rank. Shares its memory."""
+        tensor = self.tensor.detach()
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass
+class Group:
+    """Tensors that one optimizer moves, their averages, and how far they have come.
+
+    Several optimizers may step at different rates, so each has its own count and its own mean.
+
+    Attributes:
+        optimizer: Index in ``trainer.optimizers``.
+        slots: The tensors.
+        shadow: Their averages.
+        steps: Real optimizer steps so far.
+        since: Those of them after ``start``.
+        ticks: How often ``every`` had passed at the last sample, where it is counted in epochs or fractions.
+        absorbed: Terms in the mean.
+        concentration: Σ of the squared weights of the terms; its inverse is the effective number of terms.
+        fresh: Whether a step has been taken since the last sample.
+    """
+
+    optimizer: int
+    slots: list[Slot]
+    shadow: Shadow
+    steps: int = 0
+    since: int = 0
+    ticks: int = 0
+    absorbed: int = 0
+    concentration: float = 0.0
+    fresh: bool = False
+    _copied: dict[int, Tensor] = field(default_factory=dict)
+    _placed: bool = False
+
+    COUNTERS = ("steps", "since", "ticks", "absorbed", "concentration", "fresh")
+
+    def absorb(self, share: float) -> None:
+        """Take the present weights as a sample; a share of 1 starts the mean anew."""
+        self.shadow.absorb([slot.local for slot in self.slots], share)
+        self.concentration = (1 - share) ** 2 * self.concentration + share**2
+        self.absorbed += 1
+        self.fresh = False
+
+    def grow(self, slots: Sequence[Slot]) -> None:
+        """Average more tensors, which had their present values at all samples before."""
+        for slot in slots:
+            if self.absorbed:
+                self.shadow.grow(slot.local)
+            self.slots.append(slot)
+
+    @torch.no_grad()
+    def place(self, exchange: bool, briefly: bool = False) -> None:
+        """Put the average into the module.
+
+        Storage is exchanged where that is safe, which takes microseconds and no memory; else values are copied and the
+        live ones kept aside in their own type.
+
+        Args:
+            exchange: Whether storage may be exchanged at all.
+            briefly: Nothing is computed before :meth:`put_back`, so others may hold the live storage.
+
+        Raises:
+            NonFiniteWeights: The average has a NaN or an infinite value.
+        """
+        self.shadow.settle()
+        averages = self.shadow.tensors
+        self._check_finite(averages)
+        memory = [slot.local.data_ptr() for slot in self.slots]
+        alone = Counter(memory)
+        with torch.inference_mode(False):  # a tensor made in inference mode could never be updated again
+            for number, (slot, average) in enumerate(zip(self.slots, averages, strict=True)):
+                tensor = slot.tensor
+                lone = alone[memory[number]] == 1 and (briefly or not _is_held(tensor))
+                if exchange and lone and _exchangeable(tensor, average):
+                    averages[number], tensor.data = tensor.data, average
+                else:
+                    local = slot.local
+                    self._copied[number] = local.clone()
+                    local.copy_(average)
+        self._placed = True
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo :meth:`place`: the very tensors that were there before."""
+        if not self._placed:
+            return
+        averages = self.shadow.tensors
+        with torch.inference_mode(False):
+            for number, slot in reversed(list(enumerate(self.slots))):
+                if number in self._copied:
+                    slot.local.copy_(self._copied[number])
+                else:
+                    averages[number], slot.tensor.data = slot.tensor.data, averages[number]
+        self._copied, self._placed = {}, False
+
+    @property
+    def copied_slots(self) -> list[Slot]:
+        """Those whose values stand in the memory of the live ones now."""
+        return [self.slots[number] for number in self._copied]
+
+    def pairs(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
+        """Each slot with its live values and its average, wherever they are."""
+        self.shadow.settle()
+        for number, (slot, kept) in enumerate(zip(self.slots, self.shadow.tensors, strict=True)):
+            if not self._placed:
+                yield slot, slot.local, kept
+            elif number in self._copied:
+                yield slot, self._copied[number], kept
+            else:
+                yield slot, kept, slot.local
+
+    def _check_finite(self, averages: Sequence[Tensor]) -> None:
+        # A sum is finite unless one of its terms is not, or it overflows: only then look closer.
+        for slot, average in zip(self.slots, averages, strict=True):
+            if not average.sum().isfinite() and not average.isfinite().all():
+                raise NonFiniteWeights(
+                    f"the average of {slot.name} has a NaN or an infinite value after {self.absorbed} samples: "
+                    "training has diverged. Lower the learning rate or clip gradients; the last checkpoint is unharmed."
+                )
+
+
+def select(
+    module: LightningModule, include: Sequence[str], exclude: Sequence[str], buffers: bool, owner: str
+) -> list[Slot]:
+    """Find the tensors to average: trainable parameters, and buffers if asked for, that the patterns admit.
+
+    Args:
+        module: The module.
+        include: Patterns (``visual.*``) of which one must match; none admits all.
+        exclude: Patterns of which none may match.
+        buffers: Also the floating-point buffers that are saved, those of metrics excepted.
+        owner: Name for messages.
+
+    Raises:
+        UnsupportedSetup: Nothing is left, a pattern matches nothing, or a parameter cannot be averaged.
+    """
+    slots = trainable(module)
+    if buffers:
+        floats = {n: b for n, b in saved_buffers(module).items() if b.is_floating_point() and b.isfinite().all()}
+        slots += [_slot(module, n, n.replace("_orig_mod.", ""), b, True) for n, b in floats.items()]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(slot.name, pattern) for slot in slots):
+                raise UnsupportedSetup(
+                    f"{owner}({option}=[{pattern!r}]): no trainable tensor matches. There are "
+                    f"{_some(slot.name for slot in slots)}. Patterns match whole names: 'head.*', '*.weight'."
+                )
+    kept = [slot for slot in slots if _admitted(slot.name, include, exclude)]
+    if not any(not slot.is_buffer for slot in kept):
+        raise UnsupportedSetup(
+            f"{owner}: {type(module).__name__} has no trainable parameter left to average"
+            + (f" (include={list(include)}, exclude={list(exclude)})." if include or exclude else ".")
+            + " Build parameters in __init__ or configure_model, and set requires_grad before fit."
+        )
+    for slot in kept:
+        if nn.parameter.is_lazy(slot.tensor):
+            raise UnsupportedSetup(f"{owner}: {slot.name} has no shape yet (a lazy module). Run one batch through it.")
+        if is_traceable_wrapper_subclass(slot.tensor) and not isinstance(slot.tensor, DTensor):
+            raise UnsupportedSetup(
+                f"{owner}: {slot.name} is a {type(slot.tensor).__name__}, held in parts that cannot be averaged. "
+                f"Leave it out with exclude=[{slot.name!r}]."
+            )
+    return kept
+
+
+def trainable(module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Slot]:
+    """The floating-point parameters with ``requires_grad`` that the patterns admit; tied ones once."""
+    found = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    names = clean_names([name for name, _ in found], type(module).__name__)
+    slots = [_slot(module, raw, names[raw], tensor, False) for raw, tensor in found]
+    return [slot for slot in slots if _admitted(slot.name, include, exclude)]
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by name; those of torchmetrics are counts and no weights."""
+    metrics = {id(part) for owner in module.modules() if isinstance(owner, Metric) for part in owner.modules()}
+    found: dict[str, Tensor] = {}
+    for prefix, owner in module.named_modules():
+        if id(owner) in metrics:
+            continue
+        for key, value in owner._buffers.items():
+            if value is not None and key not in owner._non_persistent_buffers_set:
+                found[f"{prefix}.{key}" if prefix else key] = value
+    return found
+
+
+def by_optimizer(slots: Sequence[Slot], optimizers: Sequence[Optimizer]) -> dict[int, list[Slot]]:
+    """Sort tensors by the last optimizer that moves them; those that none moves, and buffers, go to the first used."""
+    owner = {id(p): i for i, opt in enumerate(optimizers) for group in opt.param_groups for p in group["params"]}
+    used = sorted({owner[id(slot.tensor)] for slot in slots if id(slot.tensor) in owner})
+    first = used[0] if used else 0
+    sorted_: dict[int, list[Slot]] = {index: [] for index in used or [0]}
+    for slot in slots:
+        sorted_[owner.get(id(slot.tensor), first)].append(slot)
+    return sorted_
+
+
+def without_infinite(slots: Sequence[Slot], owner: str) -> tuple[list[Slot], list[str]]:
+    """Leave out tensors with constant infinities, whose average would be NaN; they stay as they are in the module.
+
+    Raises:
+        NonFiniteWeights: A tensor holds NaN.
+    """
+    kept, left = [], []
+    for slot in slots:
+        if slot.local.sum().isfinite() or slot.local.isfinite().all():
+            kept.append(slot)
+            continue
+        if slot.local.isnan().any():
+            raise NonFiniteWeights(
+                f"{owner}: {slot.name} holds NaN when averaging begins, so training has diverged. Lower the learning "
+                "rate, or start from other weights."
+            )
+        left.append(slot.name)
+    return kept, left
+
+
+def is_captured(module: nn.Module, device: torch.device) -> bool:
+    """Whether compiled code may have recorded the addresses of parameters, as CUDA graphs do."""
+    if device.type != "cuda":
+        return False
+    return any(
+        getattr(part, "_compiled_call_impl", None) is not None or type(part).__name__ == "OptimizedModule"
+        for part in module.modules()
+    )
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether something else refers to the tensor's memory, which would not follow an exchange."""
+    count = getattr(torch._C, "_storage_Use_Count", None)  # what CUDA graph trees ask, too
+    return count is not None and count(tensor.untyped_storage()._cdata) > 2  # the tensor, and the object asked
+
+
+def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
+    """Whether two tensors can trade storage: alike in all, and neither a view of something larger nor a shard."""
+    return (
+        not is_traceable_wrapper_subclass(tensor)
+        and tensor.dtype == average.dtype
+        and tensor.device == average.device
+        and tensor.stride() == average.stride()
+        and tensor.numel() > 0
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    )
+
+
+def _slot(module: nn.Module, raw: str, name: str, tensor: Tensor, is_buffer: bool) -> Slot:
+    prefix, _, key = raw.rpartition(".")
+    shape = torch.Size() if nn.parameter.is_lazy(tensor) else tensor.shape
+    return Slot(name.replace("_orig_mod.", ""), module.get_submodule(prefix), key, is_buffer, shape)
+
+
+def _admitted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

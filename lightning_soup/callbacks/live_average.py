@@ -1,0 +1,324 @@
+"""LiveAverage: the base of averages that are kept up to date while training, whatever their rule."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_soup.callbacks import average_files
+from lightning_soup.callbacks.average_of_module import AverageOfModule
+from lightning_soup.callbacks.recalibration import check_batch_norm
+from lightning_soup.callbacks.schedule import Schedule, When, planned_time
+from lightning_soup.callbacks.shadow import RunningMean, Shadow
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.evaluation.fit_evaluator import FitEvaluator
+
+Stage = Literal["validate", "test", "predict"]
+_STAGES: tuple[Stage, ...] = ("validate", "test", "predict")
+
+
+class LiveAverage(Callback):
+    """An average of the weights, kept up to date during ``fit``, on which validation scores and which files hold.
+
+    Subclasses say how: :class:`.ExponentialAverage`, :class:`.EqualAverage`, :class:`.LatestAverage`,
+    :class:`.WeightEnsemble`. Add one to a Trainer and nothing else changes: neither the optimizer nor its schedule, nor
+    the Trainer's own limits. Samples are taken after real optimizer steps only: with gradient accumulation, in manual
+    optimization, and where a gradient scaler skips a step. With several optimizers, the tensors of each are averaged
+    over that optimizer's own steps.
+
+    Checkpoints hold what validation scored under ``state_dict`` and the live weights under ``current_model_state``,
+    also those written at or after the end of training; training resumes from the live weights, bit for bit.
+    ``open_checkpoint(path, which="raw")`` gives the live weights and ``which=<name>`` this average. Files written with
+    ``save_weights_only=True`` hold the average alone.
+
+    Works on one device, under DDP (each rank keeps the same average without communication), and with
+    ``ModelParallelStrategy`` (each rank averages its own shards). FSDP1 and DeepSpeed are refused.
+
+    Args:
+        start: Nothing is averaged before this much training: optimizer steps (``100``), a fraction of the training
+            (``0.75``), or text (``"2 epochs"``, ``"100 steps"``, ``"75%"``).
+        stop: Nothing is averaged after this much; None: to the end.
+        every: A sample is taken once in this much training. ``"1 epochs"`` is at the end of each epoch.
+        name: Names the average in logs and files, and tells several in one Trainer apart.
+        include: Patterns of the parameters to average (``visual.*``), among those with ``requires_grad``; None: all.
+        exclude: Patterns of the parameters to leave live.
+        buffers: ``"copy"`` leaves buffers as they are live. ``"average"`` averages those that are floating-point and
+            finite. ``"recalibrate"`` estimates BatchNorm statistics anew for the average before each validation, in
+            passes without gradients over training batches.
+        recalibrate_batches: Training batches for that.
+        evaluate_on: Where the module holds the average: of ``validate``, ``test`` and ``predict``. With several
+            averages in one Trainer, at most one may have any.
+        leave: What the module holds after ``fit``: ``"average"`` or ``"live"``. By default the average if it was
+            evaluated, else the live weights.
+        device: Where the average is kept, such as ``cpu`` to save memory of a GPU; None: beside the weights.
+        score_live: Also run each validation on the live weights, and log ``<name>/live_<metric>``. Costs as much as the
+            validation.
+
+    Raises:
+        UnsupportedSetup: Before training: an option has no meaning, nothing is left to average, ``start`` lies after
+            the end of training, or the strategy cannot be served.
+        NonFiniteWeights: In training: the weights became NaN.
+    """
+
+    first_step_counts = False
+    needs_start = False
+
+    def __init__(
+        self,
+        start: When = 0,
+        stop: When | None = None,
+        every: When = 1,
+        name: str = "average",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        buffers: Literal["copy", "average", "recalibrate"] = "copy",
+        recalibrate_batches: int = 100,
+        evaluate_on: Sequence[Stage] = _STAGES,
+        leave: Literal["average", "live"] | None = None,
+        device: str | None = None,
+        score_live: bool = False,
+    ) -> None:
+        owner = type(self).__name__
+        self.schedule = Schedule(start, stop, every, self.first_step_counts, owner)
+        if not name or any(character in name for character in "/\\'\""):
+            raise UnsupportedSetup(f"{owner}(name={name!r}): expected a name without slashes and quotes.")
+        if name in ("average", "raw") and type(self) is not LiveAverage:
+            raise UnsupportedSetup(f"{owner}(name={name!r}): open_checkpoint gives this word a meaning of its own.")
+        if unknown := [stage for stage in evaluate_on if stage not in _STAGES]:
+            raise UnsupportedSetup(f"{owner}(evaluate_on={unknown}): expected some of {', '.join(_STAGES)}.")
+        if buffers not in ("copy", "average", "recalibrate"):
+            raise UnsupportedSetup(f"{owner}(buffers={buffers!r}): expected 'copy', 'average' or 'recalibrate'.")
+        if leave not in (None, "average", "live"):
+            raise UnsupportedSetup(f"{owner}(leave={leave!r}): expected 'average' or 'live'.")
+        if recalibrate_batches < 1:
+            raise UnsupportedSetup(f"{owner}(recalibrate_batches={recalibrate_batches}): expected 1 or more.")
+        for option, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise UnsupportedSetup(f"{owner}({option}={patterns!r}): expected a list of patterns: [{patterns!r}].")
+        self.name, self.buffers, self.recalibrate_batches = name, buffers, recalibrate_batches
+        self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
+        self.evaluate_on = tuple(evaluate_on)
+        self.leave = leave or ("average" if evaluate_on else "live")
+        self.device = None if device is None else torch.device(device)
+        self.score_live = score_live
+        self._average: AverageOfModule | None = None
+        self._loaded: average_files.Loaded | None = None
+
+    # ------------------------------------------------------------------------------------------------------ the rule
+
+    @abstractmethod
+    def share(self, n: int) -> float:
+        """The weight that the n-th sample (from 0) gets in the mean; the earlier ones keep ``1 − share``."""
+
+    def new_shadow(self) -> Shadow:
+        """Where the average of one optimizer's tensors is kept."""
+        return RunningMean(self.device)
+
+    # ---------------------------------------------------------------------------------------------------- the object
+
+    @property
+    def state_key(self) -> str:
+        """Depends on the name only. Lightning shows it when a file is resumed without this callback."""
+        return (
+            f"LiveAverage {self.name!r} (without this callback training would go on from the average: the live weights "
+            "are in the file under current_model_state; open_checkpoint(path, which='raw') reads them)"
+        )
+
+    @property
+    def samples(self) -> int:
+        """Samples taken so far, the start not counted; with several optimizers, of the one that has most."""
+        return self._average.samples if self._average else 0
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether validation scores the average, so that it belongs under ``state_dict`` in files."""
+        return "validate" in self.evaluate_on
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
+        return {**self.__dict__, "_average": None, "_loaded": None}
+
+    # ------------------------------------------------------------------------------------------------ before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit, and refuse what cannot work."""
+        if stage != "fit":
+            return
+        self._average = self._loaded = None
+        check_strategy(trainer, self)
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, LiveAverage)]
+        for what, claiming in (
+            ("evaluate_on=[]", [average.name for average in averages if average.evaluate_on]),
+            ("leave='live'", [average.name for average in averages if average.leave == "average"]),
+        ):
+            if len(claiming) > 1:
+                raise UnsupportedSetup(
+                    f"the module can hold one average at a time, but {' and '.join(claiming)} ask for it. Give all but "
+                    f"one {what}; files hold each under its name all the same."
+                )
+        average_files.check_weights_only(trainer, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the tensors on their device and in their type, and follow the optimizers."""
+        if self.buffers == "recalibrate":
+            check_batch_norm(pl_module, type(self).__name__)
+        self._average = AverageOfModule(self, trainer, pl_module)
+        average_files.follow_weights_only(trainer, self)
+        if self._loaded is not None:
+            self._resume(pl_module)
+        elif self.needs_start:
+            self._average.absorb_start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The length of training is known now."""
+        self.schedule.check(trainer)
+        planned = planned_time(trainer)
+        if planned is not None and self.schedule.by_steps:
+            whole = planned_time(trainer, self.schedule.start.unit)
+            begun = self.schedule.start.value / whole if whole else 0.0
+            self.check_length(planned * (1 - begun) / self.schedule.every.value)
+
+    def check_length(self, updates: float) -> None:
+        """Warn where the rule does not suit the number of updates that are planned."""
+
+    def _resume(self, module: LightningModule) -> None:
+        loaded, self._loaded = self._loaded, None
+        loaded.restore_live(module)
+        loaded.restore(self._average)
+
+    # ------------------------------------------------------------------------------------------------ during training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow optimizers that were made anew and parameters that were unfrozen."""
+        self._average.refresh(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Samples that are due at the end of an epoch or of a share of the training."""
+        self._average.after_batch(trainer)
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how far the average has come, and put it into the module."""
+        average = self._average
+        if average and average.samples > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            average.share_buffers(trainer)
+            values = {
+                "samples": float(average.samples),
+                "effective_window": average.effective_window(),
+                "relative_distance": average.relative_distance(),
+            }
+            self.log_dict({f"{self.name}/{key}": value for key, value in values.items()})
+        self._enter(trainer, pl_module, "validate")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its live weights back, before any checkpoint is written."""
+        scored = self._average is not None and self._average.placed
+        self._exit()
+        if scored and self.score_live and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = FitEvaluator(trainer, pl_module, "")._validate()
+            named = {f"{self.name}/live_{metric}": float(value) for metric, value in metrics.items()}
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self._enter(trainer, pl_module, "test")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self._exit()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self._enter(trainer, pl_module, "predict")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self._exit()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Checkpoint callbacks may save now: the module gets its live weights back first."""
+        self._exit()
+
+    def _enter(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+        average = self._average
+        if average is None or stage not in self.evaluate_on or average.samples <= 0 or not average.is_of(module):
+            return
+        if average.left or (trainer.sanity_checking and not average.restored):
+            return
+        if trainer.state.fn != "fit" and average.changed:
+            rank_zero_warn(f"{self.name}: the module was changed after its fit, so the average is not used any more.")
+            self._average = None
+            return
+        average.place(trainer, statistics=trainer.state.fn == "fit")
+
+    def _exit(self) -> None:
+        if self._average is not None and not self._average.left:
+            self._average.put_back()
+
+    # ------------------------------------------------------------------------------------------------------------ end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the module, or say why there is none."""
+        average = self._average
+        if average.samples <= 0:
+            rank_zero_warn(
+                f"{type(self).__name__} {self.name!r}: {average.why_none()} The module keeps its live weights."
+            )
+            return
+        if trainer.global_step == 0:
+            rank_zero_warn(
+                f"{self.name}: optimizers were stepped without Lightning, so its step counter stood still: "
+                "checkpoints, logs and limits that go by steps did not work. Step what self.optimizers() returns."
+            )
+        if self.leave == "average":
+            average.share_buffers(trainer)
+            average.place(trainer, statistics=True)
+        average.leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the optimizers go. The average stays with its module, for files and tests after the fit."""
+        if self._average is not None and stage == "fit":
+            self._average.close()
+        average_files.unfollow_weights_only(trainer, self)
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write both halves, whichever of them the module holds now."""
+        if self._average is not None and self._average.is_of(pl_module):
+            average_files.save(self._average, trainer, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Resume: the live weights go back into the module, which was given the average."""
+        if trainer.state.fn != "fit":
+            return
+        self._loaded = average_files.load(self, checkpoint)
+        if self._loaded is not None:
+            self._loaded.restore_live(pl_module)
+            if self._average is not None:  # strategies that shard load after on_fit_start
+                self._resume(pl_module)
+
+
+def check_strategy(trainer: Trainer, callback: Callback) -> None:
+    """Refuse strategies whose parameters cannot be averaged in place.
+
+    Raises:
+        UnsupportedSetup: The strategy is not among those that are served.
+    """
+    strategy = trainer.strategy
+    served = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if served and not isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy
+        return
+    raise UnsupportedSetup(
+        f"{type(callback).__name__} does not work with {type(strategy).__name__}: it keeps parameters in flattened or "
+        "hidden shards. Use one device, strategy='ddp', or ModelParallelStrategy (FSDP2)."
+    )

@@ -1,0 +1,124 @@
+"""BatchNorm statistics of an average: estimated anew in passes of our own, without touching weights or training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.evaluation.module_evaluator import listed
+from lightning_soup.evaluation.own_loops import OwnLoops
+
+
+class Statistics:
+    """The running statistics of a module's BatchNorm layers, live and of its average.
+
+    Lightning's own SWA callback runs an extra training epoch for this, with an optimizer step without a backward pass.
+    Here training batches go through ``validation_step`` without gradients, with only the BatchNorm layers in training
+    mode, and their plain mean is taken.
+    """
+
+    def __init__(self) -> None:
+        self._live: list[tuple[Tensor, Tensor]] = []
+        self._average: dict[str, Tensor] = {}
+
+    def place(self, trainer: Trainer, module: LightningModule, batches: int) -> None:
+        """Put the statistics of the average into the module, whose weights are the average already.
+
+        Args:
+            trainer: The Trainer, in ``fit``. Under DDP every rank must take part.
+            module: The module.
+            batches: Training batches to estimate from; 0: those of the last estimate, where there was one.
+        """
+        own = _statistics(module)
+        self._live = [(buffer, buffer.clone()) for buffer in own.values()]
+        if batches:
+            with isolate_rng(), _metrics_untouched(module):
+                loops = OwnLoops(module, trainer.datamodule, trainer.strategy.root_device, trainer.precision_plugin)
+                loops.recalibrate(islice(_training_batches(trainer), batches))
+            for buffer in own.values():
+                if trainer.world_size > 1 and buffer.is_floating_point():
+                    buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+            self._average = {name: buffer.clone() for name, buffer in own.items()}
+        else:
+            for name, value in self._average.items():
+                own[name].copy_(value)
+
+    def put_back(self) -> None:
+        """Give the live statistics back."""
+        for buffer, value in self._live:
+            buffer.copy_(value)
+        self._live = []
+
+    def restore(self, module: LightningModule, state_dict: dict[str, Tensor]) -> None:
+        """Continue with the statistics that a file holds for the average."""
+        self._average = {
+            name: state_dict[name].to(buffer, copy=True)
+            for name, buffer in _statistics(module).items()
+            if name in state_dict
+        }
+
+
+def check_batch_norm(module: nn.Module, owner: str) -> None:
+    """Refuse to recalibrate what is not there.
+
+    Raises:
+        UnsupportedSetup: The module has no BatchNorm layer with running statistics.
+    """
+    if not _statistics(module):
+        raise UnsupportedSetup(
+            f"{owner}(buffers='recalibrate'): {type(module).__name__} has no BatchNorm layer with running statistics. "
+            "Use buffers='copy'."
+        )
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{key}" if prefix else key: buffer
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+        for key, buffer in layer.named_buffers(recurse=False)
+    }
+
+
+def _training_batches(trainer: Trainer) -> Iterator[Any]:
+    """Training batches from a loader of our own: the one in use must not lose its place."""
+    loader = listed(trainer.fit_loop._data_source.dataloader())[0]
+    if isinstance(loader, DataLoader) and loader.persistent_workers and loader.batch_sampler is not None:
+        # Asking a loader with persistent workers for an iterator starts the one in use again.
+        loader = DataLoader(
+            loader.dataset,
+            batch_sampler=loader.batch_sampler,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+        )
+    return iter(loader)
+
+
+@contextmanager
+def _metrics_untouched(module: nn.Module) -> Iterator[None]:
+    """Give metrics their counts back: those of the training epoch go on after its validation."""
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    names = [(*metric._defaults, "_update_count", "_computed") for metric in metrics]
+    kept = [{n: _copy(getattr(m, n)) for n in known} for m, known in zip(metrics, names, strict=True)]
+    try:
+        yield
+    finally:
+        for metric, values in zip(metrics, kept, strict=True):
+            for name, value in values.items():
+                setattr(metric, name, value)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
