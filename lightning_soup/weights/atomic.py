@@ -16,10 +16,11 @@ def atomic_path(path: str | os.PathLike, *, size: int = 0) -> Iterator[Path]:
     """Give a temporary path beside ``path``, which takes its place when the block ends without an error.
 
     On any error, Ctrl-C included, the temporary file is removed and ``path`` is left as it was. Two writers
-    of one path do not disturb each other: the last one to finish stays.
+    of one path do not disturb each other: the last one to finish stays. Where ``path`` is a symbolic link, the file
+    that it leads to is written and the link stays.
 
     Args:
-        path: The final path; missing parent folders are created.
+        path: The final path; missing parent folders are created, and removed again after an error.
         size: Bytes that will be written, where known: too little space is then said before the work and not
             after.
 
@@ -27,21 +28,27 @@ def atomic_path(path: str | os.PathLike, *, size: int = 0) -> Iterator[Path]:
         UnwritableOutput: The folder cannot be created or written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    made: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        made = [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
             raise UnwritableOutput(f"{path}: is a folder. Give the name of a file in it.")
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(target.parent).free
         if size > free:
             raise UnwritableOutput(
                 f"{path}: needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free. Make room or write elsewhere."
             )
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+        made = []
     except OSError as error:
-        if not _concerns_output(error, temporary, path):
+        if not _concerns_output(error, temporary, target):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
@@ -49,6 +56,14 @@ def atomic_path(path: str | os.PathLike, *, size: int = 0) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        for folder in made:  # the innermost first; one that somebody else uses by now is not empty
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def user_path(path: str | os.PathLike) -> Path:
+    """The path with ``~`` expanded; a name such as ``~x.ckpt`` of no user stays what it is."""
+    return Path(os.path.expanduser(path))
 
 
 def check_writable(path: str | os.PathLike) -> None:

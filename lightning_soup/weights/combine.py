@@ -5,7 +5,7 @@ to an accumulator that never leaves the processor's cache, then written to its p
 with the number or the size of the checkpoints, and the cost stays near that of reading the bytes once.
 
 This file plans (which tensors, which coefficients, which types); :mod:`.chunks` does the arithmetic,
-:mod:`.streaming` runs through the chunks, :mod:`.in_place` writes into modules.
+:mod:`.streaming` runs through the chunks, :mod:`.file_output` writes into files, :mod:`.in_place` into modules.
 """
 
 import os
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.progress import Progress, silent
-from lightning_soup.weights.atomic import atomic_path
 from lightning_soup.weights.chunks import Part, Term
 from lightning_soup.weights.coefficients import Coefficients, coefficient_rows
 from lightning_soup.weights.compatibility import check_compatible, kind
+from lightning_soup.weights.file_output import Layout, write_parts
 from lightning_soup.weights.in_place import combine_in_place, new_tensors, open_target, tensor_writer
 from lightning_soup.weights.safetensors_format import layout
 from lightning_soup.weights.stored_tensor import TensorSpec
-from lightning_soup.weights.streaming import Writer, stream
+from lightning_soup.weights.streaming import stream
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
 
@@ -80,44 +80,61 @@ def combine(
         >>> combine([a, b], [0.5, 0.5])
         {'w': tensor([2., 0.])}
     """
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise RecipeError(f"threads={threads}: expected at least 1, or None for torch's own number.")
+    to_file = isinstance(out, (str, os.PathLike))
+    if to_file and Path(out).suffix != ".safetensors":
+        raise UnwritableOutput(
+            f"{out}: combine writes safetensors. Name the file so, or use weights.save.save_combination."
+        )
+    target = None if out is None or to_file else open_target(out)
+    opened, parts = plan_combination(checkpoints, coefficients, accumulate, target)
+    if target is not None:
+        combine_in_place(parts, target, threads, progress)
+        return dict(target)
+    if out is not None:
+        write_parts(parts, Path(out), safetensors_layout(parts, metadata or {}), threads, progress)
+        return open_checkpoint(out)
+    return _combine_to_memory(parts, list(opened[0]), threads, progress)
+
+
+def plan_combination(
+    checkpoints: Sequence[Source | WeightsFile],
+    coefficients: Coefficients,
+    accumulate: str,
+    target: WeightsFile | None = None,
+) -> tuple[list[WeightsFile], list[Part]]:
+    """Check checkpoints and coefficients, and plan the parts of the result.
+
+    Args:
+        checkpoints: As in :func:`combine`.
+        coefficients: As in :func:`combine`.
+        accumulate: As in :func:`combine`.
+        target: Where the result goes, if its types are to be those of the result and not the first checkpoint's.
+
+    Returns:
+        The opened checkpoints, and the parts.
+    """
     opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
     if not opened:
         raise RecipeError("no checkpoints to combine. Give at least one.")
     if accumulate not in ("float32", "float64"):
         raise RecipeError(f"accumulate={accumulate!r}: expected 'float32' or 'float64'.")
-    threads = torch.get_num_threads() if threads is None else threads
-    if threads < 1:
-        raise RecipeError(f"threads={threads}: expected at least 1, or None for torch's own number.")
-    if isinstance(out, (str, os.PathLike)) and Path(out).suffix != ".safetensors":
-        raise UnwritableOutput(
-            f"{out}: combine writes safetensors. Name the file so, or pass what it returns to save_weights."
-        )
-    in_memory = out is not None and not isinstance(out, (str, os.PathLike))
-    target = open_target(out) if in_memory else None
     check_compatible(opened if target is None else [*opened, target])
-    parts = _plan(opened, coefficients, accumulate, opened[0].specs if target is None else target.specs)
-    if target is not None:
-        combine_in_place(parts, target, threads, progress)
-        return dict(target)
-    if out is not None:
-        return _combine_to_file(parts, Path(out), metadata or {}, threads, progress)
-    return _combine_to_memory(parts, list(opened[0]), threads, progress)
+    return opened, _plan(opened, coefficients, accumulate, (opened[0] if target is None else target).specs)
 
 
-def copy_weights(
-    weights: WeightsFile, path: Path | None = None, metadata: Mapping[str, str] | None = None
-) -> Mapping[str, Tensor]:
-    """Copy weights bit by bit, NaN included: saving does not judge.
+def plan_copy(weights: WeightsFile) -> list[Part]:
+    """Plan a copy of weights bit by bit, NaN included: saving does not judge."""
+    return [replace(part, checked=False) for part in _plan([weights], [1.0], "float32", weights.specs)]
 
-    Args:
-        weights: The weights.
-        path: A safetensors file; ``None`` for a new dictionary on the CPU, where tied tensors are one object.
-        metadata: Strings for the header of the file.
-    """
-    parts = [replace(part, checked=False) for part in _plan([weights], [1.0], "float32", weights.specs)]
-    if path is None:
-        return _combine_to_memory(parts, list(weights), 1, silent)
-    return _combine_to_file(parts, path, metadata or {}, 1, silent)
+
+def safetensors_layout(parts: Sequence[Part], metadata: Mapping[str, str]) -> Layout:
+    """Where the parts lie in a safetensors file: tied tensors once, with the other names in the metadata."""
+    ties = {name: part.names[0] for part in parts for name in part.names[1:]}
+    header, offsets, size = layout({part.names[0]: part.spec for part in parts}, {"format": "pt", **metadata, **ties})
+    return Layout(offsets, size, lambda _: [(0, header)])
 
 
 def _plan(
@@ -159,36 +176,3 @@ def _combine_to_memory(
     stream([(part, tensor_writer(found[part.names])) for part in parts], threads, progress)
     result = {name: tensor for names, tensor in found.items() for name in names}
     return {name: result[name] for name in names}
-
-
-def _combine_to_file(
-    parts: Sequence[Part], path: Path, metadata: Mapping[str, str], threads: int, progress: Progress
-) -> WeightsFile:
-    ties = {name: part.names[0] for part in parts for name in part.names[1:]}
-    specs = {part.names[0]: part.spec for part in parts}
-    header, offsets, size = layout(specs, {"format": "pt", **metadata, **ties})
-    with atomic_path(path, size=size) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY)
-        try:
-            _write(descriptor, header, 0)
-            stream(
-                [(part, _file_writer(descriptor, offsets[part.names[0]])) for part in parts],
-                threads,
-                progress,
-            )
-        finally:
-            os.close(descriptor)
-    return open_checkpoint(path)
-
-
-def _file_writer(descriptor: int, offset: int) -> Writer:
-    def write(start: int, values: Tensor) -> None:
-        _write(descriptor, values.view(torch.uint8).numpy().data, offset + start * values.dtype.itemsize)
-
-    return write
-
-
-def _write(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    while len(data):
-        count = os.pwrite(descriptor, data, position)
-        data, position = data[count:], position + count

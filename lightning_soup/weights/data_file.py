@@ -2,13 +2,15 @@
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from lightning_soup.errors import UnreadableCheckpoint
+
+_HELD_FILES = 128  # more files than this are opened anew for each read; fewer where the system allows few
 
 
 class DataFile:
@@ -24,6 +26,7 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.place = os.path.abspath(path)  # the program may change its folder before it reads
         status = path.stat()
         self.size = status.st_size
         self._stamp = _stamp(status)
@@ -80,7 +83,7 @@ class DataFile:
         with self.held(), self._lock:
             if self._mapped is None and self._mappable and offset % width == 0:
                 try:
-                    self._mapped = torch.UntypedStorage.from_file(os.fspath(self.path), False, self.size)
+                    self._mapped = torch.UntypedStorage.from_file(self.place, False, self.size)
                 except RuntimeError:
                     self._mappable = False
         if offset % width or self._mapped is None:
@@ -88,7 +91,7 @@ class DataFile:
         return self._mapped[offset : offset + size]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "size": self.size, "_stamp": self._stamp}
+        return {"path": self.path, "place": self.place, "size": self.size, "_stamp": self._stamp}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Come from another process, with nothing open."""
@@ -110,7 +113,7 @@ class DataFile:
 
     def _opened(self) -> int:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
+            descriptor = os.open(self.place, os.O_RDONLY)
         except OSError as error:
             raise UnreadableCheckpoint(f"{self.path}: cannot be read ({error.strerror}).") from error
         if _stamp(os.fstat(descriptor)) != self._stamp:
@@ -120,6 +123,25 @@ class DataFile:
                 "copies of files that a running training overwrites."
             )
         return descriptor
+
+
+@contextmanager
+def hold(files: Iterable[DataFile]) -> Iterator[None]:
+    """Keep files open for many reads, as many of them as the process may well have open."""
+    with ExitStack() as stack:
+        for file in list(dict.fromkeys(files))[: files_to_hold()]:
+            stack.enter_context(file.held())
+        yield
+
+
+def files_to_hold() -> int:
+    """A quarter of what the process may open: the rest is for threads that read other files, and for the caller."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _HELD_FILES
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _HELD_FILES if limit == resource.RLIM_INFINITY else min(_HELD_FILES, limit // 4)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

@@ -9,20 +9,23 @@ from lightning_soup.weights.data_file import DataFile
 from lightning_soup.weights.inert_pickle import Placeholder
 from lightning_soup.weights.plain_values import plain_values
 from lightning_soup.weights.safetensors_format import looks_like_safetensors, read_safetensors
-from lightning_soup.weights.stored_tensor import FileTensor
+from lightning_soup.weights.stored_tensor import StoredTensor
 from lightning_soup.weights.torch_format import LEGACY_HEAD, ZIP_HEAD, read_legacy, read_zip
 from lightning_soup.weights.torch_records import StoredRecord
 from lightning_soup.weights.weights_file import PROVENANCE_KEY, WeightsFile, clean_names
 
+LIGHTNING_VERSION = "pytorch-lightning_version"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _RAW_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "net")
+WEIGHT_KEYS = _RAW_KEYS + _AVERAGE_KEYS
 
 
 def open_file(path: Path, which: str) -> WeightsFile:
     """Open a file by what it holds, whatever its suffix says."""
     if not path.exists():
         hint = " One file is opened here, not a pattern." if "*" in path.name else ""
+        hint += " It is a symbolic link that leads nowhere." if path.is_symlink() else ""
         raise UnreadableCheckpoint(f"{path}: no such file or folder. Check the path of the checkpoint.{hint}")
     if not path.is_file():
         raise UnreadableCheckpoint(f"{path}: neither a file nor a folder (a pipe or device). Save it to a file first.")
@@ -33,9 +36,9 @@ def open_file(path: Path, which: str) -> WeightsFile:
             content, scripted = read_zip(file)
             if scripted:
                 return weights_of(_script_tensors(content), path, "torchscript")
-            return _from_object(content, path, which)
+            return find_weights(content, path, which)
         if head.startswith(LEGACY_HEAD):
-            return _from_object(read_legacy(file), path, which)
+            return find_weights(read_legacy(file), path, which)
         if looks_like_safetensors(head):
             tensors, metadata = read_safetensors(file)
             for dropped, kept in metadata.items():  # the format's convention for tied tensors, written once
@@ -66,17 +69,17 @@ def _describe(head: bytes, size: int) -> str:
     )
 
 
-def _from_object(content: Any, path: Path, which: str) -> WeightsFile:
-    """Find the weights in what a torch.save file holds."""
+def find_weights(content: Any, path: Path, which: str) -> WeightsFile:
+    """Find the weights in what a torch.save file or a distributed checkpoint holds."""
     if not isinstance(content, dict) or (isinstance(content, Placeholder) and not content):
         raise UnreadableCheckpoint(
             f"{path}: holds one object ({_kind(content)}), expected a state dict or a checkpoint with one. "
             "Save module.state_dict() instead."
         )
-    if _is_weights(content):
+    if _is_weights(content) and not any(_is_weights(content.get(key)) for key in WEIGHT_KEYS):
         stamp = getattr(content, "state", {}).get("_metadata")
         return weights_of(content, path, "torch", beside=_stamp(stamp))
-    lightning = "pytorch-lightning_version" in content
+    lightning = LIGHTNING_VERSION in content
     if which not in ("average", "raw"):
         return _named_average(content, path, which)
     keys = (_RAW_KEYS + _AVERAGE_KEYS) if which == "raw" or lightning else (_AVERAGE_KEYS + _RAW_KEYS)
@@ -95,7 +98,7 @@ def _from_object(content: Any, path: Path, which: str) -> WeightsFile:
     shown = ", ".join(f"{name!r} ({_kind(value)})" for name, value in list(content.items())[:8])
     raise UnreadableCheckpoint(
         f"{path}: no weights found. It holds {shown or 'nothing'}; expected tensors at the top or under one "
-        f"of {', '.join(_RAW_KEYS + _AVERAGE_KEYS)}."
+        f"of {', '.join(WEIGHT_KEYS)}."
     )
 
 
@@ -107,8 +110,8 @@ def _named_average(content: Mapping[str, Any], path: Path, which: str) -> Weight
     if which not in averages:
         held = ", ".join(map(repr, averages)) or "none"
         raise UnreadableCheckpoint(
-            f"{path}: holds no live average {which!r} (of those it holds {held}). Expected which='average', 'raw' or the "
-            "name of one of them."
+            f"{path}: holds no live average {which!r} (of those it holds {held}). Expected which='average', 'raw' or "
+            "the name of one of them."
         )
     key = "current_model_state" if _is_weights(content.get("current_model_state")) else "state_dict"
     live = content.get(key)
@@ -133,7 +136,7 @@ def _stamp(state_metadata: Any) -> dict[str, Any]:
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, StoredRecord) for item in value.values())
+    return isinstance(value, dict) and any(isinstance(item, StoredRecord | StoredTensor) for item in value.values())
 
 
 def weights_of(
@@ -148,21 +151,21 @@ def weights_of(
     """Resolve the tensors among what was found, clean their names, and keep what is plain beside them.
 
     Args:
-        found: The entries of a state dict, tensors as :class:`.StoredRecord` or :class:`.FileTensor`.
+        found: The entries of a state dict, tensors as :class:`.StoredRecord` or stored tensors.
         path: The file or folder.
         format: As in :class:`.WeightsFile`.
         key: The entry of the file that held the weights.
         beside: What stood beside that entry.
         metadata: What is plain already, instead of ``beside``.
     """
-    tensors: dict[str, FileTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     dropped = []
     for name, value in found.items():
         if not isinstance(name, str):
             raise UnreadableCheckpoint(f"{path}: a tensor is named {name!r}; expected names that are strings.")
         if isinstance(value, StoredRecord):
             tensors[name] = value.resolve(name)
-        elif isinstance(value, FileTensor):
+        elif isinstance(value, StoredTensor):
             tensors[name] = value
         elif isinstance(value, Placeholder) and not name.endswith("_extra_state"):
             raise UnreadableCheckpoint(

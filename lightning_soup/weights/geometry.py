@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from lightning_soup.errors import IncompatibleIngredients
 from lightning_soup.weights.chunks import CHUNK_BYTES
 from lightning_soup.weights.compatibility import check_compatible
+from lightning_soup.weights.data_file import hold
 from lightning_soup.weights.stored_tensor import Scratch, StoredTensor
 from lightning_soup.weights.streaming import single_threaded_torch
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
@@ -123,6 +123,6 @@ def _sampled(stored: StoredTensor, sample: int) -> Tensor:
 def _chunks(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
     scratch = Scratch(CHUNK_BYTES)
     step = CHUNK_BYTES // stored.spec.dtype.itemsize
-    with nullcontext() if stored.file is None else stored.file.held():
+    with hold(stored.files):
         for start in range(0, stored.spec.numel, step):
             yield start, stored.read(start, min(start + step, stored.spec.numel), scratch)[0]

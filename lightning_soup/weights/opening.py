@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint
 from lightning_soup.weights.artifacts import fetch_artifact
+from lightning_soup.weights.atomic import user_path
+from lightning_soup.weights.distributed_format import is_distributed, open_distributed
 from lightning_soup.weights.formats import WEIGHT_SUFFIXES, open_file, weights_of
 from lightning_soup.weights.weights_file import WeightsFile
 
@@ -22,7 +24,7 @@ _FOLDER_FILES = (
 def open_path(source: str | os.PathLike, which: str) -> WeightsFile:
     """Open a file, a folder or an artifact reference; see :func:`.weights_file.open_checkpoint`."""
     text = os.fspath(source)
-    path = fetch_artifact(text) if text.startswith("wandb:") else Path(text).expanduser()
+    path = fetch_artifact(text) if text.startswith("wandb:") else user_path(text)
     try:
         return _open_folder(path, which) if path.is_dir() else open_file(path, which)
     except LightningSoupError:
@@ -37,11 +39,8 @@ def _open_folder(folder: Path, which: str) -> WeightsFile:
     indices = sorted(folder.glob("*.index.json"), key=_index_rank)
     if indices and _index_rank(indices[0])[0] < len(WEIGHT_SUFFIXES):
         return _open_shards(indices[0], which)
-    if (folder / ".metadata").exists() and list(folder.glob("*.distcp")):
-        raise UnreadableCheckpoint(
-            f"{folder}: a distributed checkpoint, which is not supported yet. Convert it with "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
-        )
+    if is_distributed(folder):
+        return open_distributed(folder, which)
     for name in _FOLDER_FILES:
         if (folder / name).exists():
             return open_file(folder / name, which)
@@ -94,7 +93,7 @@ def _open_adapter(folder: Path, which: str) -> WeightsFile:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
             opened = open_file(folder / name, which)
-            opened.format, opened.label, opened.path = "peft adapter", folder.name, folder
+            opened.format, opened.label, opened.path = "peft adapter", folder.name, Path(os.path.abspath(folder))
             opened.metadata["adapter_config"] = dict(_json(folder / "adapter_config.json"))
             return opened
     raise UnreadableCheckpoint(

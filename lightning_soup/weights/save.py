@@ -4,22 +4,27 @@ import json
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lightning_soup.errors import UnwritableOutput
-from lightning_soup.weights.atomic import atomic_path, check_writable
-from lightning_soup.weights.combine import copy_weights
+from lightning_soup.progress import Progress, silent
+from lightning_soup.weights.atomic import check_writable, user_path
+from lightning_soup.weights.chunks import Part
+from lightning_soup.weights.coefficients import Coefficients
+from lightning_soup.weights.combine import plan_combination, plan_copy, safetensors_layout
 from lightning_soup.weights.compatibility import check_compatible
+from lightning_soup.weights.file_output import write_parts
+from lightning_soup.weights.formats import LIGHTNING_VERSION
+from lightning_soup.weights.torch_output import SavedTensor, torch_layout
 from lightning_soup.weights.weights_file import PROVENANCE_KEY, Source, WeightsFile, open_checkpoint
 
-_LIGHTNING_VERSION = "pytorch-lightning_version"
 _OLDEST_LIGHTNING = "2.4.0"  # every version that we support reads it without migration or warning
 _LIGHTNING_ENTRIES = (
-    _LIGHTNING_VERSION,
+    LIGHTNING_VERSION,
     "epoch",
     "global_step",
     "hparams_name",
@@ -35,7 +40,7 @@ def check_output(path: str | os.PathLike) -> None:
     Raises:
         UnwritableOutput: An unknown suffix, a folder, or a place that cannot be written.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     _check_suffix(path)
     check_writable(path)
 
@@ -73,47 +78,80 @@ def save_weights(
         IncompatibleIngredients: ``like`` holds other tensors.
         UnwritableOutput: The file cannot be written, or its suffix is unknown.
     """
-    path = Path(path)
     opened = open_checkpoint(weights)
+    return _save(opened, plan_copy(opened), path, like, provenance, 1, silent)
+
+
+def save_combination(
+    checkpoints: Sequence[Source | WeightsFile],
+    coefficients: Coefficients,
+    path: str | os.PathLike,
+    *,
+    like: Source | WeightsFile | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    accumulate: Literal["float32", "float64"] = "float32",
+    progress: Progress = silent,
+) -> Path:
+    """Combine checkpoints into a file of any format, without holding more than a few chunks in memory.
+
+    Args:
+        checkpoints: As in :func:`.combine`.
+        coefficients: As in :func:`.combine`.
+        path: As in :func:`save_weights`.
+        like: As in :func:`save_weights`.
+        provenance: As in :func:`save_weights`.
+        accumulate: As in :func:`.combine`.
+        progress: Shows how far it is.
+
+    Returns:
+        The path.
+
+    Raises:
+        LightningSoupError: As in :func:`.combine` and :func:`save_weights`.
+    """
+    opened, parts = plan_combination(checkpoints, coefficients, accumulate)
+    return _save(opened[0], parts, path, like, provenance, torch.get_num_threads(), progress)
+
+
+def _save(
+    first: WeightsFile,
+    parts: Sequence[Part],
+    path: str | os.PathLike,
+    like: Source | WeightsFile | None,
+    provenance: Mapping[str, Any] | None,
+    threads: int,
+    progress: Progress,
+) -> Path:
+    """Write planned parts, in the order of the tensors of ``first``."""
+    path = Path(path)
     stamp = {} if provenance is None else {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}
     if path.suffix == ".safetensors":
-        copy_weights(opened, path, stamp)
-        return path
-    _check_suffix(path)
-    model = None if like is None else open_checkpoint(like)
-    if model is not None:
-        check_compatible([model, opened])
-    content = _content(opened, model, stamp, lightning=path.suffix == ".ckpt")
-    size = sum(spec.nbytes for spec in opened.specs.values())
-    with atomic_path(path, size=size) as temporary:
-        _save(content, temporary)
+        layout = safetensors_layout(parts, stamp)
+    else:
+        _check_suffix(path)
+        model = None if like is None else open_checkpoint(like)
+        if model is not None:
+            check_compatible([model, first])
+        tensors = [SavedTensor(part.names[0], str(i), part.spec) for i, part in enumerate(parts)]
+        by_name = {name: tensor for part, tensor in zip(parts, tensors, strict=True) for name in part.names}
+        state = {name: by_name[name] for name in first}
+        layout = torch_layout(_content(state, model, stamp, lightning=path.suffix == ".ckpt"), tensors)
+    write_parts(parts, path, layout, threads, progress)
     return path
 
 
-def _save(content: Mapping[str, Any], path: Path) -> None:
-    try:
-        with open(path, "wb") as stream:
-            torch.save(content, stream)
-    except RuntimeError as error:  # torch's writer hides what the file system, or Ctrl-C, said
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, (OSError, KeyboardInterrupt)):
-            raise cause from error
-        raise
-
-
 def _content(
-    opened: WeightsFile, like: WeightsFile | None, stamp: dict[str, str], *, lightning: bool
+    tensors: Mapping[str, SavedTensor], like: WeightsFile | None, stamp: dict[str, str], *, lightning: bool
 ) -> Mapping[str, Any]:
     original = like.original_names if like is not None else {}
-    # New tensors: on the CPU, without what else lay in their storages, tied ones as one object.
-    state = OrderedDict((original.get(name, name), tensor) for name, tensor in copy_weights(opened).items())
+    state = OrderedDict((original.get(name, name), tensor) for name, tensor in tensors.items())
     if like is not None and like.format == "lightning":
         foreign = [name for name in like.dropped if "hyper_parameters" in name.split(".")[0]]
         if foreign:
             warnings.warn(
                 f"{like.label}: left out of the new checkpoint, since they are not plain values: "
                 f"{', '.join(foreign)}. Pass them to load_from_checkpoint.",
-                stacklevel=3,
+                stacklevel=4,
             )
         entries = {name: like.metadata[name] for name in _LIGHTNING_ENTRIES if name in like.metadata}
         return {**entries, "state_dict": state, **stamp}
@@ -121,7 +159,7 @@ def _content(
         return {like.key: state, **stamp}
     if lightning:
         return {
-            _LIGHTNING_VERSION: _OLDEST_LIGHTNING,
+            LIGHTNING_VERSION: _OLDEST_LIGHTNING,
             "epoch": 0,
             "global_step": 0,
             "state_dict": state,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_soup.progress import Progress
 from lightning_soup.weights.chunks import Buffers, Part, combine_chunk
+from lightning_soup.weights.data_file import hold
 
 Writer = Callable[[int, Tensor], None]  # is given the first element's number and the values
-_HELD_FILES = 128  # more files than this are opened anew for each read
 
 
 def stream(work: Sequence[tuple[Part, Writer]], threads: int, progress: Progress) -> None:
@@ -41,10 +41,8 @@ def stream(work: Sequence[tuple[Part, Writer]], threads: int, progress: Progress
         with torch.inference_mode():
             write(start, combine_chunk(part, start, stop, buffers))
 
-    files = {id(file): file for part, _ in work for term in part.terms if (file := term.tensor.file) is not None}
     with ExitStack() as stack:
-        for file in list(files.values())[:_HELD_FILES]:
-            stack.enter_context(file.held())
+        stack.enter_context(hold(file for part, _ in work for term in part.terms for file in term.tensor.files))
         stack.enter_context(single_threaded_torch())
         if min(threads, count) <= 1:
             for unit in progress(units, "averaging", count):

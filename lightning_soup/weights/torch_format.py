@@ -3,7 +3,9 @@
 Only the pickle is read here; tensors come as :class:`.StoredRecord`.
 """
 
+import io
 import mmap
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -21,8 +23,42 @@ _LEGACY_PROTOCOL = 1001
 _BIG_ENDIAN = "saved on a big-endian machine; load and save it again on this one."
 
 
-def read_zip(file: DataFile) -> tuple[Any, bool]:
+class _Window(io.RawIOBase):
+    """Some bytes of a file as a file of its own."""
+
+    def __init__(self, file: DataFile, window: Extent) -> None:
+        self._file, self._window, self._position = file, window, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._window.size}[whence]
+        if start + offset < 0:
+            raise OSError(f"a place before the beginning ({start + offset})")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(min(len(view), self._window.size - self._position), 0)
+        self._file.read_into(view[:count], self._window.start + self._position)
+        self._position += count
+        return count
+
+
+def read_zip(file: DataFile, window: Extent | None = None) -> tuple[Any, bool]:
     """Read the object of a zip ``torch.save`` file, or of a TorchScript archive.
+
+    Args:
+        file: The file.
+        window: The part of the file that is the archive, if it is not all of it.
 
     Returns:
         The object, and whether the file is a TorchScript archive.
@@ -30,8 +66,9 @@ def read_zip(file: DataFile) -> tuple[Any, bool]:
     Raises:
         UnreadableCheckpoint: Not such an archive, or a damaged one.
     """
+    window = Extent(0, file.size) if window is None else window
     try:
-        with zipfile.ZipFile(file.path) as archive:
+        with zipfile.ZipFile(_Window(file, window)) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             pickles = [name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"]
             if not pickles:
@@ -42,7 +79,7 @@ def read_zip(file: DataFile) -> tuple[Any, bool]:
                 )
             root = pickles[0].removesuffix("data.pkl")
             wanted = [entries[name] for name in (pickles[0], root + "byteorder") if name in entries]
-            if any(not _stored(entry, file) for entry in wanted):
+            if any(not _stored(entry, window) for entry in wanted):
                 raise UnreadableCheckpoint(f"{file.path}: a compressed or damaged archive. {_SAVE_AGAIN}")
             content, *byteorder = (archive.read(entry) for entry in wanted)
     except UnreadableCheckpoint:
@@ -58,14 +95,14 @@ def read_zip(file: DataFile) -> tuple[Any, bool]:
         entry = entries.get(f"{root}data/{key}")
         if entry is None:
             raise UnreadableCheckpoint(f"{file.path}: storage {key!r} is missing in the archive. {_SAVE_AGAIN}")
-        if not _stored(entry, file):
+        if not _stored(entry, window):
             raise UnreadableCheckpoint(f"{file.path}: storage {key!r} is compressed or damaged. {_SAVE_AGAIN}")
-        head = file.read(entry.header_offset, 30)
+        head = file.read(window.start + entry.header_offset, 30)
         name_length, extra_length = struct.unpack("<HH", head[26:30])
         start = entry.header_offset + 30 + name_length + extra_length
-        if head[:4] != ZIP_HEAD or start + entry.file_size > file.size:
+        if head[:4] != ZIP_HEAD or start + entry.file_size > window.size:
             raise UnreadableCheckpoint(f"{file.path}: storage {key!r} is damaged. {_SAVE_AGAIN}")
-        return Extent(start, entry.file_size)
+        return Extent(window.start + start, entry.file_size)
 
     return _load(content, 0, file, locate, {})[0], root + "constants.pkl" in entries
 
@@ -73,10 +110,11 @@ def read_zip(file: DataFile) -> tuple[Any, bool]:
 _SAVE_AGAIN = "Save it with torch.save, or copy it again."
 
 
-def _stored(entry: zipfile.ZipInfo, file: DataFile) -> bool:
-    """Whether an entry is what torch writes: uncompressed, and within the file."""
+def _stored(entry: zipfile.ZipInfo, window: Extent) -> bool:
+    """Whether an entry is what torch writes: uncompressed, and within the archive."""
     plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 0x1
-    return plain and entry.file_size == entry.compress_size and entry.header_offset + 30 + entry.file_size <= file.size
+    within = entry.header_offset + 30 + entry.file_size <= window.size
+    return plain and entry.file_size == entry.compress_size and within
 
 
 def read_legacy(file: DataFile) -> Any:

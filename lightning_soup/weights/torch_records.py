@@ -14,7 +14,7 @@ from lightning_soup.weights.inert_pickle import Builder, Placeholder, Sealed, St
 from lightning_soup.weights.stored_tensor import FileTensor, TensorSpec
 
 _MAX_DIMENSIONS = 64  # torch's own limit
-_MAX_BYTES = 1 << 40  # of one tensor; an expanded view of a few bytes may claim any size
+MAX_BYTES = 1 << 40  # of one tensor; an expanded view of a few bytes may claim any size
 
 
 class Extent(NamedTuple):
@@ -82,7 +82,7 @@ class StoredRecord(Sealed):
         extent = store.locate(store.key)
         start = store.shift + self.offset * store.dtype.itemsize
         reach = 1 + sum((n - 1) * s for n, s in zip(self.spec.shape, self.stride, strict=True))
-        if self.spec.nbytes > _MAX_BYTES or math.prod(n for n in self.spec.shape if n) >= 1 << 62:
+        if self.spec.nbytes > MAX_BYTES or math.prod(n for n in self.spec.shape if n) >= 1 << 62:
             raise UnreadableCheckpoint(f"{path}: tensor {name!r} ({self.spec}) is impossibly large. {_DAMAGED}")
         if self.spec.numel and start + reach * width > extent.size:
             raise UnreadableCheckpoint(
@@ -174,24 +174,21 @@ def _latin1_bytes(text: Any, encoding: Any = "latin1") -> bytes:
     return str(text).encode("latin1")  # how protocol 2 writes bytes
 
 
-_STORAGES = {
-    f"{name}Storage": _StorageType(dtype)
-    for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-        "ComplexFloat": torch.complex64,
-        "ComplexDouble": torch.complex128,
-        "Untyped": torch.uint8,
-    }.items()
+TYPED_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
+_STORAGES = {name: _StorageType(dtype) for name, dtype in {**TYPED_STORAGES, "UntypedStorage": torch.uint8}.items()}
 
 BUILDERS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): StatefulDict,

@@ -1,11 +1,12 @@
 """Opening a checkpoint of any format as a read-only mapping of memory-mapped tensors."""
 
+import copy
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
@@ -14,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_soup.errors import UnreadableCheckpoint
+from lightning_soup.weights.data_file import hold
+from lightning_soup.weights.soup_record import check_record
 from lightning_soup.weights.stored_tensor import MemoryTensor, Scratch, StoredTensor, TensorSpec
 
 Source = str | os.PathLike | Mapping[str, Tensor] | nn.Module
@@ -25,19 +28,21 @@ class WeightsFile(Mapping[str, Tensor]):
     """Weights at rest: names, shapes and dtypes are known at once, data is read only when it is asked for.
 
     Made by :func:`open_checkpoint`. Indexing gives memory-mapped tensors. Writing into one never changes the
-    file, but does show in later accesses through this object: clone before writing.
+    file, but does show in later accesses through this object: clone before writing. Those of a distributed checkpoint
+    are put together anew for each access.
 
     Attributes:
         label: Short name for messages and plots: the file's name.
         path: The file or folder, or ``None`` for weights in memory.
         format: ``"safetensors"``, ``"safetensors shards"``, ``"torch shards"``, ``"lightning"``, ``"torch"``,
-            ``"torchscript"``, ``"peft adapter"`` or ``"memory"``.
+            ``"torchscript"``, ``"torch distributed"``, ``"peft adapter"`` or ``"memory"``.
         key: The entry of the file that held the weights (``"state_dict"``, ``"model"``, …), or ``None``.
         original_names: The names as they stand in the source, by cleaned name.
         metadata: Plain values that stood beside the weights. For a Lightning file: ``hyper_parameters``,
             ``epoch``, ``global_step``, ``callbacks``.
         dropped: Names of entries beside the weights that are objects of foreign classes and were not opened.
         tensors: The stored tensors by name, for the kernel.
+        left_out: Names of tensors of the source that :meth:`without` took away.
     """
 
     def __init__(
@@ -54,12 +59,13 @@ class WeightsFile(Mapping[str, Tensor]):
     ) -> None:
         self.tensors = dict(tensors)
         self.label = label
-        self.path = path
+        self.path = None if path is None else Path(os.path.abspath(path))  # the program may change its folder
         self.format = format
         self.key = key
         self.original_names = dict(original_names or {name: name for name in self.tensors})
         self.metadata = dict(metadata or {})
         self.dropped = tuple(dropped)
+        self.left_out: tuple[str, ...] = ()
         self._digest: str | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -97,6 +103,25 @@ class WeightsFile(Mapping[str, Tensor]):
             groups.setdefault(tensor.identity, []).append(name)
         return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
+    def without(self, prefixes: tuple[str, ...]) -> "WeightsFile":
+        """These weights without the tensors whose names begin so; this very object where there are none."""
+        left_out = {name for name in self.tensors if name.startswith(prefixes)} if prefixes else set()
+        if not left_out:
+            return self
+        kept = copy.copy(self)
+        kept.tensors = {name: tensor for name, tensor in self.tensors.items() if name not in left_out}
+        kept.original_names = {name: raw for name, raw in self.original_names.items() if name not in left_out}
+        kept.left_out = (*self.left_out, *sorted(left_out))
+        kept._digest = None
+        return kept
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> "WeightsFile":
+        """These weights with some tensors replaced by others, of the same shapes, in memory."""
+        changed = copy.copy(self)
+        changed.tensors = self.tensors | {name: MemoryTensor(value) for name, value in tensors.items()}
+        changed.path = changed._digest = None
+        return changed
+
     def mapping_beside(self, name: str) -> dict[str, Any]:
         """An entry of the metadata that should be a mapping; empty where a foreign file has something else there."""
         value = self.metadata.get(name)
@@ -107,7 +132,7 @@ class WeightsFile(Mapping[str, Tensor]):
         """How the weights were cooked, where lightning_soup wrote them.
 
         Raises:
-            UnreadableCheckpoint: It was changed and is not readable any more.
+            UnreadableCheckpoint: It was changed and is not what lightning_soup writes any more.
         """
         text = self.metadata.get(PROVENANCE_KEY)
         if not isinstance(text, str):
@@ -116,7 +141,10 @@ class WeightsFile(Mapping[str, Tensor]):
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UnreadableCheckpoint(f"{self.path or self.label}: its provenance is damaged ({error}).") from error
-        return content if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            return None
+        check_record(content, self.path or self.label)
+        return content
 
     def digest(self) -> str:
         """Content hash over names, types, shapes and data (XXH3, 128 bits): equal weights have equal digests.
@@ -131,7 +159,7 @@ class WeightsFile(Mapping[str, Tensor]):
                 tensor = self.tensors[name]
                 hasher.update(f"{name}|{tensor.spec}|".encode())
                 step = _HASH_CHUNK // tensor.spec.dtype.itemsize
-                with nullcontext() if tensor.file is None else tensor.file.held():
+                with hold(tensor.files):
                     for start in range(0, tensor.spec.numel, step):
                         hasher.update(tensor.read(start, min(start + step, tensor.spec.numel), scratch)[1])
             self._digest = f"xxh3-128:{hasher.hexdigest()}"
@@ -144,9 +172,9 @@ def open_checkpoint(source: Source | WeightsFile, *, which: str = "average") -> 
     Formats, told apart by their content and not by their suffix: safetensors; ``torch.save`` files, old and
     new, whose weights stand at the top or under ``state_dict``, ``model``, ``model_state_dict``,
     ``state_dict_ema`` and the like; Lightning checkpoints; TorchScript archives; folders of shards with an
-    ``*.index.json``; PEFT adapter folders; folders with one weights file;
-    ``wandb:entity/project/artifact:version``. The wrapper prefixes ``module.`` and ``_orig_mod.`` are removed
-    from names.
+    ``*.index.json``; folders of torch.distributed.checkpoint (``.metadata`` and ``.distcp`` files); PEFT adapter
+    folders; folders with one weights file; ``wandb:entity/project/artifact:version``. The wrapper prefixes
+    ``module.`` and ``_orig_mod.`` are removed from names.
 
     Args:
         source: A path, a mapping from name to tensor, a module, or an opened file (returned as it is).
@@ -184,9 +212,25 @@ def _open_module(module: nn.Module) -> WeightsFile:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict, without what modules keep there beside tensors (``get_extra_state``)."""
-    state = module.state_dict()
-    return {n: v for n, v in state.items() if isinstance(v, Tensor) or not n.endswith("_extra_state")}
+    """A module's weights: its state dict without extra state (``get_extra_state``) and without what metrics count."""
+    counted = metric_prefixes(module)
+    return {
+        name: value
+        for name, value in module.state_dict().items()
+        if not name.startswith(counted) and (isinstance(value, Tensor) or not name.endswith("_extra_state"))
+    }
+
+
+def metric_prefixes(module: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names that belong to torchmetrics' metrics inside a module.
+
+    Their states are in the state dict once they were made persistent, but they are no weights.
+    """
+    metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)  # without the package there is no metric
+    if metric is None:
+        return ()
+    parts = module.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, part in parts if name and isinstance(part, metric))
 
 
 def _open_mapping(weights: Mapping[str, Tensor], label: str) -> WeightsFile:

@@ -112,3 +112,35 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.open", refuse)
     with pytest.raises(UnwritableOutput, match=r"a\.txt: cannot be written .Permission denied.\. Choose another"):
         atomic_path(tmp_path / "a.txt").__enter__()
+
+
+def test_a_symbolic_link_stays_and_its_file_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("there", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "there").write_text("old")
+    for name in ("there", "new"):
+        with atomic_path(tmp_path / name) as temporary:
+            temporary.write_text("soup")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "disk" / name).read_text() == "soup"
+    assert names(tmp_path / "disk") == ["new", "there"]
+
+
+def test_a_link_that_leads_to_itself(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(UnwritableOutput, match="symbolic links"):
+        check_writable(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "mine" / "new" / "er" / "a"):
+        raise KeyboardInterrupt
+    with pytest.raises(UnwritableOutput), atomic_path(tmp_path / "mine" / "new" / ("x" * 300) / "a"):
+        pass
+    assert names(tmp_path / "mine") == []
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "mine" / "new" / "a"):
+        fail_after_writing(tmp_path / "mine" / "new" / "other", KeyboardInterrupt)
+    assert names(tmp_path / "mine" / "new") == ["other"]

@@ -39,11 +39,12 @@ from tests.helpers.weights import assert_same, every_layout
 def test_weights_under_any_usual_key(tmp_path, key, which, zipped):
     tensors = every_layout()
     content = {"epoch": 3, key: tensors, "optimizer": {"state": {0: {"step": torch.ones(3)}}}, "args": {"lr": 0.1}}
+    content["step"] = torch.tensor(7)  # a tensor at the top is no state dict where weights stand under a key
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     opened = open_checkpoint(tmp_path / "a.pth", which=which)
     assert_same(dict(opened), tensors)
     assert (opened.key, opened.format) == (key, "torch")
-    assert opened.metadata == {"epoch": 3, "args": {"lr": 0.1}}
+    assert opened.metadata == {"epoch": 3, "args": {"lr": 0.1}, "step": 7}
 
 
 def test_timm_files_open_as_the_average_unless_asked_for_the_raw_weights(tmp_path):

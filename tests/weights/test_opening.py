@@ -113,9 +113,8 @@ def test_folders_without_weights(tmp_path):
     (tmp_path / "sub.ckpt").mkdir()
     with pytest.raises(UnreadableCheckpoint, match="a folder without weights"):
         open_checkpoint(tmp_path)
-    (tmp_path / ".metadata").touch()
     (tmp_path / "__0_0.distcp").touch()
-    with pytest.raises(UnreadableCheckpoint, match="dcp_to_torch_save"):
+    with pytest.raises(UnreadableCheckpoint, match=r"no \.metadata"):
         open_checkpoint(tmp_path)
 
 
@@ -134,3 +133,41 @@ def test_home_folder_and_artifacts(tmp_path, monkeypatch):
     assert open_checkpoint("~/a.safetensors")["w"].item() == 1
     monkeypatch.setattr("lightning_soup.weights.opening.fetch_artifact", lambda reference: tmp_path / "a.safetensors")
     assert open_checkpoint("wandb:me/digits/model:v3")["w"].item() == 1
+
+
+def test_the_program_may_change_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    save_weights({"w": torch.ones(1)}, "a.safetensors")
+    torch.save({"w": torch.ones(1)}, "b.pt")
+    opened = [open_checkpoint(name) for name in ("a.safetensors", "b.pt")]
+    monkeypatch.chdir(tmp_path / "other")
+    assert combine(opened, [0.5, 0.5])["w"].item() == 1
+    assert [weights["w"].item() for weights in opened] == [1, 1]
+    assert [weights.path for weights in opened] == [tmp_path / "a.safetensors", tmp_path / "b.pt"]
+
+
+def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnreadableCheckpoint, match=r"~x\.pt: no such file"):
+        open_checkpoint("~x.pt")
+    save_weights({"w": torch.ones(1)}, tmp_path / "~x.pt")
+    assert open_checkpoint("~x.pt")["w"].item() == 1
+
+
+def test_paths_that_the_system_refuses(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, message in (
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "loop", "a symbolic link that leads nowhere"),
+        (tmp_path / "loop" / "a.pt", "no such file or folder"),
+    ):
+        with pytest.raises(UnreadableCheckpoint, match=message):
+            open_checkpoint(path)
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(UnreadableCheckpoint, match=r"cannot be read \(Permission denied"):
+        open_checkpoint(tmp_path)

@@ -46,11 +46,17 @@ def test_depth_and_repetition_are_bounded():
     assert len(dropped) == 1
     assert dropped[0].startswith("deep[0][0]")
     laughs = ["ha"]
-    for _ in range(200):
+    for _ in range(40):
         laughs = [laughs, laughs]
-    shallow = laughs
-    for _ in range(120):
-        shallow = shallow[0]
-    plain, dropped = plain_values({"laughs": shallow})
+    plain, dropped = plain_values({"laughs": laughs, "few": laughs[0][0], "lr": 0.1})
+    assert len(repr(plain)) < 2_000_000
+    assert dropped
+    assert plain["lr"] == 0.1
+
+
+def test_what_stands_in_many_places_stays_shared_and_is_kept():
+    shared = list(range(1000))
+    plain, dropped = plain_values({"a": [shared] * 50, "b": {"c": shared}})
+    assert plain == {"a": [shared] * 50, "b": {"c": shared}}
+    assert plain["a"][0] is plain["a"][49] is plain["b"]["c"]
     assert not dropped
-    assert plain["laughs"][0] is plain["laughs"][1]

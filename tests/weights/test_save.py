@@ -1,12 +1,15 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_soup.errors import IncompatibleIngredients, UnwritableOutput
-from lightning_soup.weights import open_checkpoint, save_weights
-from lightning_soup.weights.save import check_output
+from lightning_soup.weights import combine, open_checkpoint, save_weights
+from lightning_soup.weights.save import check_output, save_combination
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.weights import assert_same, every_layout, every_type
@@ -27,6 +30,41 @@ def test_torch_files_open_with_the_safe_loader_and_with_ours(tmp_path, suffix):
     content = load(path)
     assert_same(content["state_dict"] if suffix == ".ckpt" else content, TENSORS)
     assert_same(open_checkpoint(path), TENSORS)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+def test_a_combination_is_saved_as_if_it_were_combined_first(tmp_path, suffix):
+    models = [{"w": torch.randn(300, 400), "n": torch.arange(3)} for _ in range(3)]
+    torch.save({"model": models[1]}, tmp_path / "like.pth")
+    for like in (None, tmp_path / "like.pth"):
+        save_weights(combine(models, [0.5, 0.25, 0.25]), tmp_path / f"a{suffix}", like=like, provenance={"x": 1})
+        save_combination(models, [0.5, 0.25, 0.25], tmp_path / f"b{suffix}", like=like, provenance={"x": 1})
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory as Linux tells it")
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_no_model_is_held_in_memory(tmp_path, suffix):
+    size = 64 << 20
+    for i in range(2):
+        save_weights({f"w{n}": torch.full((size // 16,), float(i)) for n in range(4)}, tmp_path / f"{i}.pt")
+    program = f"""
+import torch
+from lightning_soup.weights.save import save_combination
+def memory():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+save_combination([{{"w": torch.ones(9)}}], [1.0], "warm{suffix}")
+before, peak = memory(), []
+def progress(items, description, total):
+    for item in items:
+        peak.append(memory())
+        yield item
+save_combination(["0.pt", "1.pt"], [0.5, 0.5], "soup{suffix}", progress=progress)
+print(max(peak) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < size / 4
+    assert open_checkpoint(tmp_path / f"soup{suffix}")["w3"].unique().tolist() == [0.5]
 
 
 def test_equal_content_gives_equal_bytes_whatever_the_name(tmp_path):
@@ -168,28 +206,17 @@ def test_saving_does_not_judge(tmp_path, suffix):
 
 
 @TORCH
-@pytest.mark.parametrize("after", [0, 1000, 400_000])
-def test_a_disk_that_fills_up_while_torch_writes(tmp_path, suffix, after, monkeypatch):
-    class Full:
-        def __init__(self, path, mode):
-            self.file, self.written = open(path, mode), 0  # noqa: SIM115
+@pytest.mark.parametrize("after", [0, 1000, 400_000, 800_000])  # the first data, the second, the directory
+def test_a_disk_that_fills_up_while_a_torch_file_is_written(tmp_path, suffix, after, monkeypatch):
+    original, written = os.pwrite, []
 
-        def __enter__(self):
-            return self
+    def full(descriptor, data, offset):
+        written.append(len(data))
+        if sum(written) > after:
+            raise OSError(28, "No space left on device")
+        return original(descriptor, data, offset)
 
-        def __exit__(self, *_):
-            self.file.close()
-
-        def flush(self):
-            self.file.flush()
-
-        def write(self, data):
-            self.written += len(data)
-            if self.written > after:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
-
-    monkeypatch.setattr("lightning_soup.weights.save.open", Full, raising=False)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(UnwritableOutput, match=f"a{suffix}: cannot be written .the disk is full."):
         save_weights({"w": torch.randn(100_000), "v": torch.randn(100_000)}, tmp_path / f"a{suffix}")
     assert not list(tmp_path.iterdir())

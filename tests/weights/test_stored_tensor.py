@@ -10,12 +10,15 @@ from lightning_soup.weights.data_file import DataFile
 from lightning_soup.weights.stored_tensor import (
     FileTensor,
     MemoryTensor,
+    Piece,
+    PiecewiseTensor,
     Scratch,
     TensorSpec,
     gather,
     row_major_blocks,
     scatter,
 )
+from tests.helpers.distributed import grid
 from tests.helpers.weights import bits, every_layout, every_type
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
@@ -48,6 +51,44 @@ def test_gather_and_scatter_any_strides(shape, data):
     scatter(out, target, start)
     assert torch.equal(target.reshape(-1)[start:stop], out)
     assert target.count_nonzero() <= stop - start
+
+
+@given(SHAPES, st.data())
+def test_any_run_of_a_tensor_in_pieces(tmp_path_factory, shape, data):
+    source = torch.arange(math.prod(shape), dtype=torch.int16).reshape(shape)
+    cuts = [sorted(data.draw(st.sets(st.integers(1, n - 1)))) if n > 1 else [] for n in shape]
+    boxes = data.draw(st.permutations(grid(shape, cuts)))
+    parts = [source[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in boxes]
+    path = tmp_path_factory.mktemp("pieces") / "data"
+    path.write_bytes(b"x" + b"".join(map(bits, parts)))
+    file, place, pieces = DataFile(path), 1, []
+    for (start, _), part in zip(boxes, parts, strict=True):
+        pieces.append(Piece(tuple(start), FileTensor(file, TensorSpec(part.dtype, tuple(part.shape)), place)))
+        place += part.numel() * 2
+    stored = PiecewiseTensor(TensorSpec(source.dtype, shape), pieces)
+    assert torch.equal(stored.tensor(), source)
+    start = data.draw(st.integers(0, source.numel()))
+    stop = data.draw(st.integers(start, source.numel()))
+    values, raw = stored.read(start, stop, Scratch(2 * (stop - start)))
+    assert bits(values) == bytes(raw) == bits(source.reshape(-1)[start:stop])
+
+
+def test_pieces_have_files_and_an_identity(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(32))
+    (tmp_path / "b").write_bytes(bytes(32))
+    a, b = DataFile(tmp_path / "a"), DataFile(tmp_path / "b")
+
+    def pair(second, offset):
+        spec = TensorSpec(torch.float32, (2,))
+        pieces = [Piece((2,), FileTensor(second, spec, offset)), Piece((0,), FileTensor(a, spec, 0))]
+        return PiecewiseTensor(TensorSpec(torch.float32, (4,)), pieces)
+
+    assert pair(b, 0).identity == pair(b, 0).identity
+    assert len({pair(b, 0).identity, pair(b, 8).identity, pair(a, 8).identity}) == 3
+    assert (pair(b, 0).files, pair(a, 8).files, MemoryTensor(torch.ones(1)).files) == ((a, b), (a,), ())
+    empty = [PiecewiseTensor(TensorSpec(torch.float32, (0, 2)), []) for _ in range(2)]
+    assert empty[0].identity != empty[1].identity
+    assert empty[0].tensor().shape == (0, 2)
 
 
 @pytest.mark.parametrize("name", every_layout())

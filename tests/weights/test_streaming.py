@@ -1,10 +1,11 @@
+import os
 import threading
 import time
 
 import pytest
 import torch
 
-from lightning_soup.weights import combine, streaming
+from lightning_soup.weights import combine, data_file, save_weights, streaming
 from lightning_soup.weights.streaming import single_threaded_torch
 
 BIG = 4_000_000
@@ -120,3 +121,16 @@ def test_progress_is_told_chunk_by_chunk(threads):
         threads=threads,
     )
     assert told == [("averaging", 17)] * 17
+
+
+def test_few_open_files_are_enough(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = [save_weights({"w": torch.full((3,), float(i))}, tmp_path / f"{i}.pt") for i in range(100)]
+    assert data_file.files_to_hold() == min(128, soft // 4)
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(64, in_use + 40), hard))
+    try:
+        assert combine(files, [0.01] * 100, threads=2)["w"].tolist() == pytest.approx([49.5] * 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
