@@ -1,12 +1,12 @@
 """Commands that need files only. They import torch and nothing heavier, so that they answer at once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from lightning_soup.cli.terminal import plain
 from lightning_soup.progress import rich_progress
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
 from lightning_soup.recipes import recook as cook_again
@@ -16,6 +16,9 @@ from lightning_soup.weights.save import check_output
 
 if TYPE_CHECKING:
     from lightning_soup.weights import WeightsFile
+
+
+_SHOWN = 500  # characters of one value
 
 
 def soup(
@@ -42,7 +45,7 @@ def soup(
     path = made.save(output, progress=rich_progress)
     console = Console()
     console.print(made.table())
-    console.print(f"Saved: {escape(str(path))}")
+    console.print(f"Saved: {plain(path)}")
     return made
 
 
@@ -54,7 +57,7 @@ def recook(file: str, output: str | None = None) -> Path:
         output: Where to write it; beside the original, as NAME.recooked.SUFFIX, by default.
     """
     path = cook_again(file, output, rich_progress)
-    Console().print(f"Saved: {escape(str(path))}")
+    Console().print(f"Saved: {plain(path)}")
     return path
 
 
@@ -66,14 +69,15 @@ def show(file: str, tensors: bool = False) -> None:
         tensors: List every tensor with its type and shape.
     """
     opened = open_checkpoint(file)
+    record = opened.provenance
     console = Console()
     console.print(_summary(opened))
-    if opened.provenance is not None:
-        _show_provenance(opened, console)
+    if record is not None:
+        _show_provenance(record, console)
     if tensors:
         table = Table("tensor", "type and shape", box=None)
         for name, spec in opened.specs.items():
-            table.add_row(escape(name), escape(str(spec)))
+            table.add_row(plain(name), plain(spec))
         console.print(table)
 
 
@@ -91,20 +95,27 @@ def _summary(opened: "WeightsFile") -> Table:
         "types": ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds.items()),
         "digest": opened.digest(),
         **{key: str(value) for key, value in opened.metadata.items() if isinstance(value, (int, float))},
-        "hyperparameters": ", ".join(f"{k}={v}" for k, v in opened.mapping_beside("hyper_parameters").items()),
+        "hyperparameters": ", ".join(f"{k}={_short(v)}" for k, v in opened.mapping_beside("hyper_parameters").items()),
         "not opened": ", ".join(opened.dropped),
     }.items():
         if value:
-            table.add_row(f"[bold]{escape(name)}", escape(value))
+            table.add_row(f"[bold]{plain(name)}", plain(value))
     return table
 
 
-def _show_provenance(opened: "WeightsFile", console: Console) -> None:
-    record = opened.provenance or {}
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _show_provenance(record: dict[str, Any], console: Console) -> None:
+    if "ingredients" not in record:  # not written by Soup.save
+        console.print(f"\n[bold]provenance[/] {plain(_short(record))}")
+        return
     score = ""
     if record.get("score") is not None:
         score = f", {record['metric']} {-record['score'] if record['mode'] == 'min' else record['score']:.4f}"
-    console.print(f"\n[bold]cooked by[/] {escape(str(record.get('recipe')))}{escape(score)}")
+    console.print(f"\n[bold]cooked by[/] {plain(record['recipe'])}{plain(score)}")
     coefficients = record["shares"]
     if isinstance(record["coefficients"], dict):
         console.print("the coefficients differ between tensors; their mean:")
@@ -114,12 +125,12 @@ def _show_provenance(opened: "WeightsFile", console: Console) -> None:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in item["metrics"].items())
         bar = f"[{'red' if c < 0 else 'cyan'}]{'█' * round(30 * abs(c) / longest)}"
         table.add_row(
-            escape(item["label"]), f"{c:.4f}", bar, escape(metrics), item["digest"].removeprefix("xxh3-128:")[:12]
+            plain(item["label"]), f"{c:.4f}", bar, plain(metrics), item["digest"].removeprefix("xxh3-128:")[:12]
         )
     console.print(table)
     tried = [trial for trial in record["history"] if trial["reason"]]
     for trial in tried:
         mark = {True: "+", False: "-", None: " "}[trial["kept"]]
-        console.print(f"  {mark} {escape(trial['label'])}: {escape(trial['reason'])}", highlight=False)
+        console.print(f"  {mark} {plain(trial['label'])}: {plain(trial['reason'])}", highlight=False)
     for note in record["notes"]:
-        console.print(f"[yellow]note[/] {escape(note)}")
+        console.print(f"[yellow]note[/] {plain(note)}")

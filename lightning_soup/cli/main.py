@@ -1,10 +1,13 @@
 """The ``lightning-soup`` command: which part of the package answers, and how errors reach the terminal."""
 
-import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 
+import lightning_soup
+from lightning_soup.cli.terminal import Terminated, ending_signals, status_of_loss, steady_output
 from lightning_soup.errors import LightningSoupError
 
 _HELP = """\
@@ -18,7 +21,8 @@ usage: lightning-soup COMMAND [options]        (lightning-soup COMMAND --help ex
   fit, validate, test, predict
             LightningCLI for any LightningModule and LightningDataModule
 
-  --debug   show the traceback of an error
+  --debug    show the traceback of an error
+  --version  show the version
 """
 _COMMANDS = {
     "show": "lightning_soup.cli.files",
@@ -35,36 +39,66 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(_HELP)
-        return
+    with steady_output() as output:
+        status = _status(arguments, debug)
+        output.flush()
+        if output.lost is not None and not status:
+            status = status_of_loss(output.lost)
+    if status is not None:
+        raise SystemExit(status)
+
+
+def _status(arguments: list[str], debug: bool) -> int | str | None:
+    """Run a command and give its exit status, None for a success."""
     try:
-        _run(arguments[0], arguments[1:])
-    except LightningSoupError as error:
+        with ending_signals():
+            _run(arguments)
+    except (LightningSoupError, OSError) as error:
         if debug:
             raise
-        sys.stderr.write(f"lightning-soup: {error}\n")
-        raise SystemExit(1) from None
+        sys.stderr.write(f"lightning-soup: {_message(error)}\n")
+        return 1
+    except Terminated as stop:
+        sys.stderr.write(f"lightning-soup: ended by {stop.name}; nothing half-written was left.\n")
+        return stop.code
     except SystemExit as stop:
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's, which would otherwise end as a success
-            raise SystemExit(143) from None
-        raise
+        # Lightning's exception for SIGTERM has no status, and would end as a success.
+        return 143 if type(stop).__name__ == "SIGTERMException" else stop.code
     except KeyboardInterrupt:
         if debug:
             raise
         sys.stderr.write("lightning-soup: interrupted; nothing half-written was left.\n")
-        raise SystemExit(130) from None
+        return 130
+    return None
 
 
-def _run(command: str, arguments: list[str]) -> None:
+def _message(error: Exception) -> str:
+    """What is told of an error; of one from the system, which file it is about."""
+    if isinstance(error, LightningSoupError):
+        return str(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    what = f"{' and '.join(names)}: {error.strerror}" if names else str(error) or type(error).__name__
+    return f"{what}. (--debug shows where this happened.)"
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_HELP)
+        return
+    command, *rest = arguments
+    if command in ("--version", "version"):
+        sys.stdout.write(f"lightning-soup {lightning_soup.__version__}\n")
+        return
     if command == "soup":
-        arguments = _one_list(arguments, "--ingredients")
+        rest = _one_list(rest, "--ingredients")
+    if command == "show":
+        rest = _switch(rest, "--tensors")
     if command in _COMMANDS:
-        _call(getattr(import_module(_COMMANDS[command]), command), arguments, positional=True)
-    elif command == "soup" and not any(a.startswith(_NEEDS_LIGHTNING) for a in arguments):
-        _call(import_module("lightning_soup.cli.files").soup, arguments, positional=False)
+        _call(getattr(import_module(_COMMANDS[command]), command), rest, positional=True)
+    elif command == "soup" and not any(a.startswith(_NEEDS_LIGHTNING) for a in rest):
+        _call(import_module("lightning_soup.cli.files").soup, rest, positional=False)
     elif command == "soup" or command in _LIGHTNING:
-        import_module("lightning_soup.cli.soup_cli").SoupCLI([command, *arguments])
+        import_module("lightning_soup.cli.soup_cli").SoupCLI([command, *rest])
     else:
         known = ", ".join(["soup", *_COMMANDS, *_LIGHTNING])
         sys.stderr.write(f"lightning-soup: unknown command {command!r}. Known: {known}.\n")
@@ -72,23 +106,45 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _one_list(arguments: list[str], flag: str) -> list[str]:
-    """Let a list option take several words, ``--ingredients a.ckpt b.ckpt``: a shell makes them of a bare pattern."""
-    found = []
-    words = iter(arguments)
-    for word in words:
-        if word != flag:
-            found.append(word)
-            continue
-        values = []
-        for word in words:
-            if word.startswith("--"):
-                found.append(f"{flag}={json.dumps(values, ensure_ascii=False)}")
-                found.append(word)
-                break
-            values.append(word)
+    """Let a list option take several words and be given several times.
+
+    A shell makes several words of a bare pattern: ``--ingredients a.ckpt b.ckpt``. They end at the next option, which
+    begins with a dash; a file that does is named ``./-x.ckpt``.
+    """
+    found, values, place, taking = [], [], None, False
+    for word in arguments:
+        if word == flag or word.startswith(f"{flag}="):
+            place = len(found) if place is None else place
+            taking = word == flag
+            values += [] if taking else _listed(word.removeprefix(f"{flag}="))
+        elif taking and (not word.startswith("-") or word == "-"):
+            values += _listed(word)
         else:
-            found.append(f"{flag}={json.dumps(values, ensure_ascii=False)}")
+            taking = False
+            found.append(word)
+    if place is not None:  # word by word: a name that is not UTF-8 cannot stand in a JSON list
+        found[place:place] = [f"{flag}=[]", *(f"{flag}+={value}" for value in values)]
     return found
+
+
+def _listed(word: str) -> list[str]:
+    """The values in one word, which may be a list: ``[a.ckpt, b.ckpt]``."""
+    if word.startswith("[") and word.endswith("]"):
+        import yaml
+
+        with suppress(yaml.YAMLError):
+            found = yaml.safe_load(word)
+            if isinstance(found, list) and all(isinstance(item, str) for item in found):
+                return found
+    return [word]
+
+
+def _switch(arguments: list[str], flag: str) -> list[str]:
+    """Let a yes-or-no option stand without its value."""
+    return [
+        f"{flag}=true" if word == flag and arguments[i + 1 : i + 2] not in (["true"], ["false"]) else word
+        for i, word in enumerate(arguments)
+    ]
 
 
 def _call(function: Callable[..., object], arguments: list[str], *, positional: bool) -> None:

@@ -1,7 +1,6 @@
 """`lightning-soup sweep`: train one ingredient per setting of a W&B sweep file, then cook them if asked."""
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -9,8 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import yaml
 
 from lightning_soup.cli.sweep_check import check_settings
 from lightning_soup.cli.sweep_training import RunCLI, train_setting
@@ -20,8 +17,8 @@ from lightning_soup.evaluation.own_loops import no_notices
 from lightning_soup.progress import rich_progress
 from lightning_soup.recipes.recipe import Recipe
 from lightning_soup.runs.sweep import SweepResult, run_sweep
-from lightning_soup.runs.sweep_file import read_sweep_file
-from lightning_soup.runs.sweep_run import Run
+from lightning_soup.runs.sweep_file import read_sweep_file, read_yaml
+from lightning_soup.runs.sweep_run import Run, canonical
 
 __all__ = ["fingerprint", "sweep", "train_setting"]
 
@@ -54,7 +51,8 @@ def sweep(
         base: Config that every run starts from; what `lightning-soup fit --config` takes.
         sweep_file: W&B sweep file with `method: grid` or `random`, `parameters` and `run_cap`.
         folder: Where the runs go; `runs/<name of the sweep>` by default.
-        jobs: Trainings at a time. Above 1, each has its own process, a share of the cores, and a log.txt.
+        jobs: Trainings at a time. Above 1, each has its own process, a share of the cores, a log.txt, and where there
+            are several GPUs one of them, unless trainer.devices names one.
         seed: Seed of a random search, and of the first run; each further run takes the next one.
         metric: Metric of the table at the end, and of the recipe; that of the sweep file by default, else val_acc.
         mode: Whether a high (max) or a low (min) value of the metric is good; the goal of the sweep file by default.
@@ -83,6 +81,7 @@ def sweep(
             Path("runs", name) if folder is None else folder,
             seed=seed,
             jobs=jobs,
+            spread=not (isinstance(config.trainer.devices, list) or any("trainer.devices" in one for one in settings)),
             fingerprint=fingerprint(Path(base), settings),
             # With one job Lightning's own bar is on the screen, unless the config turns it off.
             progress=_lines if jobs == 1 and config.trainer.enable_progress_bar is not False else rich_progress,
@@ -103,8 +102,8 @@ def fingerprint(base: Path, settings: Sequence[Mapping[str, Any]] = ()) -> str:
     Comments and the order of keys do not count. New weights under an old `checkpoint_path` do. Of files too
     large to read each time, size and date stand for the content.
     """
-    config = yaml.safe_load(base.read_text(encoding="utf-8"))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    config = read_yaml(base, "config for `lightning-soup fit`")
+    digest = hashlib.sha256(canonical(config).encode())
     for text in sorted({*_strings(config), *_strings([dict(setting) for setting in settings])}):
         path = next((p for p in (text, os.path.join(base.parent, text)) if os.path.isfile(p)), None)
         if path is None:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace, capture_parser
 from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.cli.sweep_training import flags
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.runs.sweep_file import read_yaml
 
 __all__ = ["check_settings"]
 
@@ -30,8 +31,9 @@ def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str,
         UnsupportedSetup: The base config is missing or wrong, a parameter of the sweep is none of its
             options, a value has the wrong type, or the config asks for what a sweep cannot do.
     """
-    if not base.is_file():
-        raise UnsupportedSetup(f"{base}: no such config file. Give one that `lightning-soup fit --config` takes.")
+    for name in read_yaml(base, "config for `lightning-soup fit`"):
+        if not isinstance(name, str):
+            raise UnsupportedSetup(f"{base}: has the key {name!r}; expected model, data, trainer and the like.")
     _refuse_doubles(sweep_file, settings[0])
     parser = capture_parser(lambda: SoupCLI(["fit"], exit_on_error=False))
     parsed = []

@@ -9,6 +9,7 @@ from typing import Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_soup.cli.terminal import plain
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
 from lightning_soup.progress import rich_progress, silent
@@ -80,7 +81,7 @@ class SoupTrainer(Trainer):
         soups = cook_all([chosen, *(beside or ())], found, evaluator, start, shown)
         soup = soups[str(chosen)]
         path = soup.save(output)
-        self._tell(soup.table(), f"Saved: {path}")
+        self._tell(soup.table(), f"Saved: {plain(path)}")
         measured = None
         if report and is_overridden("test_dataloader", datamodule):
             title = f"Soup of {len(found)} ingredients"
@@ -94,7 +95,7 @@ class SoupTrainer(Trainer):
                 measured = None
                 warnings.warn(f"no report was written: {error}", stacklevel=2)
             else:
-                self._tell(measured.table(), measured.headline, f"Report: {page}")
+                self._tell(measured.table(), measured.headline, f"Report: {plain(page)}")
         if measured is None:
             log_soup(self.loggers, soup, path)
         else:

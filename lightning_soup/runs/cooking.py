@@ -7,11 +7,11 @@ from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
 from lightning_soup.evaluation.outcomes import Outcome, ensemble
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup
-from lightning_soup.recipes.interpolated import for_recipe, interpolate
+from lightning_soup.recipes.interpolated import InterpolatedSoup, for_recipe, interpolate
 from lightning_soup.runs.report import Entry, SoupReport
 from lightning_soup.weights.combine import combine
 
-ALPHAS = tuple(i / 10 for i in range(11))
+ALPHAS = tuple(InterpolatedSoup().alphas)
 
 
 def cook_all(

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import pickle
 import signal
@@ -26,6 +25,7 @@ from lightning_soup.runs.sweep_run import (
     Task,
     Train,
     attempt,
+    canonical,
     discard_unfinished,
     empty_folder,
     failed_run,
@@ -35,6 +35,7 @@ from lightning_soup.runs.sweep_run import (
 __all__ = ["SweepResult", "run_sweep"]
 
 LOG_FILE = "log.txt"
+_LARGEST_SEED = 2**32 - 1  # of numpy
 SECONDS_TO_STOP = 5.0  # after a polite signal, before a child is killed
 
 
@@ -69,6 +70,7 @@ def run_sweep(
     seed: int = 0,
     jobs: int = 1,
     fingerprint: str = "",
+    spread: bool = True,
     progress: Progress = silent,
 ) -> SweepResult:
     """Train every setting, each in its own folder `<index>-<hash of setting, seed and fingerprint>`.
@@ -85,6 +87,8 @@ def run_sweep(
         seed: The run with index i is trained with `seed + i`.
         jobs: Trainings at a time. 1 trains in this process. More gives each setting a process of its own, its
             share of the cores, and `log.txt` for what it prints.
+        spread: With several jobs, let each see one GPU only, another one for each while there are enough. Those that
+            CUDA_VISIBLE_DEVICES hides are not used.
         fingerprint: Stands for everything else that decides the result, such as a hash of the base config.
         progress: Shows how many runs are done.
 
@@ -92,27 +96,39 @@ def run_sweep(
         All runs, those that failed included.
 
     Raises:
-        UnsupportedSetup: No settings, `jobs` below 1, or a `train` that cannot be sent to another process.
+        UnsupportedSetup: No settings, `jobs` or `seed` out of range, or a `train` that cannot be sent to another
+            process.
         UnwritableOutput: The folder cannot be written.
     """
-    if jobs < 1:
-        raise UnsupportedSetup(f"jobs is {jobs}; expected 1 or more trainings at a time.")
+    check_numbers(jobs, seed, len(settings))
     if not settings:
         raise UnsupportedSetup("no settings to train; a sweep needs at least one.")
     folder = Path(folder)
     _check_writable(folder)
     tasks = []
     for index, setting in enumerate(settings):
-        identity = json.dumps([setting, seed + index, fingerprint], sort_keys=True, default=str)
+        identity = canonical([setting, seed + index, fingerprint])
         name = f"{index:03d}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         tasks.append(Task(index, folder / name, dict(setting), seed + index))
     earlier = [run for task in tasks if (run := finished_run(task))]
     done = {run.index for run in earlier}
     todo = [task for task in tasks if task.index not in done]
     # closing: an error or Ctrl-C in the progress display must stop the children too, not wait for collection
-    with contextlib.closing(_here(todo, train) if jobs == 1 else _in_processes(todo, train, jobs)) as trained:
+    with contextlib.closing(_here(todo, train) if jobs == 1 else _in_processes(todo, train, jobs, spread)) as trained:
         runs = list(progress(chain(earlier, trained), "Training ingredients", total=len(tasks)))
     return SweepResult(folder, sorted(runs, key=lambda run: run.index))
+
+
+def check_numbers(jobs: int, seed: int, runs: int) -> None:
+    """Refuse numbers of jobs and seeds that cannot be.
+
+    Raises:
+        UnsupportedSetup: `jobs` below 1, or a seed out of the range that random generators take.
+    """
+    if jobs < 1:
+        raise UnsupportedSetup(f"jobs is {jobs}; expected 1 or more trainings at a time.")
+    if not 0 <= seed <= _LARGEST_SEED - runs:
+        raise UnsupportedSetup(f"seed is {seed}; expected a number from 0 to {_LARGEST_SEED - runs}.")
 
 
 def _check_writable(folder: Path) -> None:
@@ -130,13 +146,13 @@ def _here(tasks: Sequence[Task], train: Train) -> Iterator[Run]:
         try:
             empty_folder(task)
             run = attempt(task, train)
-        except BaseException:  # Ctrl-C, or an exit that was asked for
+        except BaseException:  # Ctrl-C, or a signal
             discard_unfinished(task)
             raise
         yield run
 
 
-def _in_processes(tasks: Sequence[Task], train: Train, jobs: int) -> Iterator[Run]:
+def _in_processes(tasks: Sequence[Task], train: Train, jobs: int, spread: bool) -> Iterator[Run]:
     """Train `jobs` at a time, each in a process of its own that is started afresh (never forked)."""
     try:
         pickled = pickle.dumps(train)
@@ -146,16 +162,21 @@ def _in_processes(tasks: Sequence[Task], train: Train, jobs: int) -> Iterator[Ru
         ) from error
     waiting, running = deque(tasks), dict[BaseProcess, Task]()
     threads = _share_of_cores(min(jobs, len(tasks)))
+    gpus = _gpus() if spread and tasks else []
+    places = deque(range(jobs))  # each training takes a place, and the GPU that belongs to it
+    taken: dict[BaseProcess, int] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 task = waiting.popleft()
                 empty_folder(task)
-                process = get_context("spawn").Process(target=_child, args=(pickled, task, threads))
+                gpu = gpus[places[0] % len(gpus)] if len(gpus) > 1 else None
+                process = get_context("spawn").Process(target=_child, args=(pickled, task, threads, gpu))
                 process.start()
-                running[process] = task
+                running[process], taken[process] = task, places.popleft()
             connection.wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
+                places.append(taken.pop(process))
                 yield _outcome(running.pop(process), process.exitcode or 0)
     finally:
         _stop(list(running))
@@ -163,13 +184,15 @@ def _in_processes(tasks: Sequence[Task], train: Train, jobs: int) -> Iterator[Ru
             discard_unfinished(task)
 
 
-def _child(pickled: bytes, task: Task, threads: int) -> None:
+def _child(pickled: bytes, task: Task, threads: int, gpu: str | None) -> None:
     """Body of a child process. Nothing heavy is imported before the threads and the log are set up."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(task.folder / LOG_FILE, "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if "torch" in sys.modules:  # the user's main script imported it, and took all cores
         sys.modules["torch"].set_num_threads(threads)
     attempt(task, pickle.loads(pickled))
@@ -188,6 +211,16 @@ def _share_of_cores(jobs: int) -> int:
     share = max(1, cores // max(1, jobs))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(asked)) if asked.isdigit() and int(asked) > 0 else share
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    import torch  # not needed for anything else here
+
+    count = torch.cuda.device_count()  # does not start CUDA
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = list(map(str, range(count))) if visible is None else [name.strip() for name in visible.split(",")]
+    return names[:count]  # CUDA ends its list at the first name that it does not know
 
 
 def _stop(processes: Sequence[BaseProcess]) -> None:

@@ -15,7 +15,7 @@ import yaml
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.runs.sweep_parameter import PARAMETER_KEYS, Parameter, read_parameter, refuse_unknown
 
-__all__ = ["SweepFile", "read_sweep_file"]
+__all__ = ["SweepFile", "read_sweep_file", "read_yaml"]
 
 _USED_KEYS = {"method", "name", "parameters", "run_cap"}
 _AGENT_KEYS = {  # for W&B's server and agent, which check them; without effect here
@@ -85,7 +85,7 @@ def read_sweep_file(path: str | Path) -> SweepFile:
         UnsupportedSetup: The file is missing or no sweep file, or asks for what only W&B's server can do.
     """
     path = Path(path)
-    config = _load(path)
+    config = read_yaml(path, "sweep file")
     refuse_unknown(config, _USED_KEYS | _AGENT_KEYS, f"{path}: sweep files have no key")
     method, run_cap = config.get("method"), config.get("run_cap")
     if method in ("bayes", "custom"):
@@ -114,18 +114,29 @@ def read_sweep_file(path: str | Path) -> SweepFile:
     return SweepFile(path, str(config.get("name") or path.stem), method, run_cap, parameters, metric.get("name"), goal)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: The file.
+        kind: What it is, for messages.
+
+    Raises:
+        UnsupportedSetup: It is missing, unreadable, or something else.
+    """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UnsupportedSetup(f"{path}: no such sweep file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnsupportedSetup(f"{path}: cannot be read as a sweep file: {error}") from error
-    except yaml.YAMLError as error:
-        raise UnsupportedSetup(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise UnsupportedSetup(f"{path}: no such {kind}.") from None
+    except UnicodeDecodeError as error:
+        raise UnsupportedSetup(f"{path}: cannot be read as a {kind}: not UTF-8 ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise UnsupportedSetup(f"{path}: cannot be read as a {kind}: {error.strerror or error}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UnsupportedSetup(f"{path}: not a {kind}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         found = "nothing" if config is None else f"a {type(config).__name__}"
-        raise UnsupportedSetup(f"{path}: a sweep file is a mapping with the keys method and parameters; found {found}.")
+        raise UnsupportedSetup(f"{path}: not a {kind}: expected a mapping from names to values; found {found}.")
     return config
 
 

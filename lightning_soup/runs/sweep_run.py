@@ -61,8 +61,25 @@ class Run:
     error: str | None = None
 
 
+def canonical(value: Any) -> str:
+    """A text that is the same for equal values from YAML, whatever the order and the types of keys."""
+
+    def sortable(node: Any) -> Any:
+        if isinstance(node, dict):
+            items = {key: sortable(item) for key, item in node.items()}
+            if all(isinstance(key, str) for key in items):
+                return items
+            return sorted(([repr(key), item] for key, item in items.items()), key=lambda pair: pair[0])
+        return [sortable(item) for item in node] if isinstance(node, (list, tuple)) else node
+
+    return json.dumps(sortable(value), sort_keys=True, default=str)
+
+
 def attempt(task: Task, train: Train) -> Run:
-    """Train and write down the result, or the traceback where it failed."""
+    """Train and write down the result, or the traceback where it failed.
+
+    A plain `sys.exit()` in a training is its failure. Subclasses of SystemExit are how signals ask this program to end.
+    """
     try:
         trained = train(dict(task.setting), task.folder, task.seed)
         if not trained.checkpoint.is_file():
@@ -79,7 +96,9 @@ def attempt(task: Task, train: Train) -> Run:
 
         with atomic_path(task.folder / RUN_FILE) as path:
             path.write_text(json.dumps(record, indent=2, default=str))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:
+            raise
         return failed_run(task, "".join(traceback.format_exception(error)))
     checkpoint = task.folder / record["checkpoint"]
     return Run(task.index, task.folder, task.setting, task.seed, record["metrics"], checkpoint)

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
+import lightning_soup
 from lightning_soup.cli.main import main
 from lightning_soup.errors import LightningSoupError
 from lightning_soup.recipes import UniformSoup
@@ -209,3 +211,112 @@ def test_names_in_any_script(files):
     os.rename("run-0.pt", "lauf-ä-😀.pt")
     main(["soup", "--ingredients", "lauf-ä-😀.pt", "run-1.pt", "--output", "soup.pt"])
     assert "lauf-ä-😀" in {item["label"] for item in open_checkpoint("soup.pt").provenance["ingredients"]}
+
+
+def test_the_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-soup {lightning_soup.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ingredients", "run-0.pt", "--output", "soup.pt", "--ingredients", "run-1.pt", "run-2.pt"],
+        ["--ingredients=run-0.pt", "--ingredients=[run-1.pt, run-2.pt]", "--output=soup.pt"],
+        ["--ingredients", '["run-0.pt", "run-1.pt"]', "--ingredients=run-2.pt", "--output", "soup.pt"],
+    ],
+)
+def test_ingredients_given_several_times_add_up(files, words):
+    main(["soup", *words])
+    labels = [item["label"] for item in open_checkpoint("soup.pt").provenance["ingredients"]]
+    assert labels == ["run-0", "run-1", "run-2"]
+
+
+def test_a_short_option_ends_the_list_of_ingredients(files, capsys):
+    assert run("soup", "--ingredients", "run-0.pt", "run-1.pt", "-c", "gone.yaml") == 2
+    assert "gone.yaml" in capsys.readouterr().err
+
+
+def test_switches(files, capsys):
+    for words in (["--tensors"], ["--tensors", "true"], ["--tensors=true"]):
+        main(["show", "run-0.pt", *words])
+        assert "a.weight" in capsys.readouterr().out
+    main(["show", "--tensors", "run-0.pt"])
+    assert "a.weight" in capsys.readouterr().out
+    main(["show", "run-0.pt", "--tensors", "false"])
+    assert "a.weight" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf_8(files, capsys):
+    name = os.fsdecode(b"run-\xff.pt")
+    os.rename("run-0.pt", name)
+    main(["soup", "--ingredients", name, "run-1.pt", "--output", "soup.pt"])
+    main(["show", name])
+    main(["show", "soup.pt"])
+    assert "run-\\udcff" in capsys.readouterr().out
+
+
+def test_a_damaged_record(files, capsys):
+    main(["soup", "--ingredients", "run-*.pt", "--output", "soup.pt"])
+    record = open_checkpoint("soup.pt").provenance
+    del record["shares"]
+    save_weights(dict(open_checkpoint("soup.pt")), "soup.pt", provenance=record)
+    for command in ("show", "recook"):
+        assert run(command, "soup.pt") == 1
+        assert "soup.pt: its provenance is damaged: 'shares' is missing" in capsys.readouterr().err
+    save_weights({"w": torch.ones(2)}, "own.pt", provenance={"made by": "me"})
+    main(["show", "own.pt"])
+    assert "'made by': 'me'" in capsys.readouterr().out
+
+
+def test_control_characters_and_hyperparameters_without_end(files, capsys):
+    laughs = ["ha"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    content = {"pytorch-lightning_version": "2.4.0", "state_dict": {"w\x1b[2J": torch.ones(2)}}
+    torch.save({**content, "hyper_parameters": {"laughs": laughs, "lr": 0.1}}, "a.ckpt")
+    main(["show", "a.ckpt", "--tensors"])
+    shown = capsys.readouterr().out
+    assert "lr=0.1" in shown
+    assert "w\\x1b[2J" in shown
+    assert "\x1b[2J" not in shown
+    assert len(shown) < 5000
+
+
+def test_errors_of_the_system_are_one_line(files, capsys, monkeypatch):
+    assert run("show", "x" * 300) == 1
+    assert run("soup", "--ingredients", "x" * 300, "run-0.pt") == 1
+    shown = capsys.readouterr().err
+    assert shown.count("File name too long") == 2
+    assert shown.count("\n") == 2
+
+    def refuse(*_args, **_options):
+        raise PermissionError(13, "Permission denied", "locked/run.json")
+
+    monkeypatch.setattr("lightning_soup.recipes.ingredient._run_record", refuse)
+    assert run("soup", "--ingredients", "run-*.pt") == 1
+    assert capsys.readouterr().err == (
+        "lightning-soup: locked/run.json: Permission denied. (--debug shows where this happened.)\n"
+    )
+    with pytest.raises(PermissionError):
+        main(["soup", "--ingredients", "run-*.pt", "--debug"])
+
+
+def test_a_checkpoint_to_validate_that_is_not_there(files, capsys):
+    model, data = "tests.helpers.boring.TinyClassifier", "tests.helpers.boring.TinyData"
+    words = ["--model", model, "--data", data, "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    assert run("validate", *words, "--ckpt_path", "nope.ckpt") == 1
+    shown = capsys.readouterr().err
+    assert "nope.ckpt" in shown
+    assert "Traceback" not in shown
+
+
+def test_notes_are_one_line(files, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main(["soup", "--ingredients", "run-0.pt", "run-1.pt", "--output", "once.pt"])
+        main(["soup", "--ingredients", "once.pt", "run-2.pt", "--output", "twice.pt"])
+    assert capsys.readouterr().err == (
+        "lightning-soup: note: once is itself a soup (UniformSoup). Is it meant to be an ingredient?\n"
+    )

@@ -118,8 +118,17 @@ def test_one_device_is_fine(tmp_path, config, devices):
 
 
 def test_missing_and_broken_base(tmp_path):
-    with pytest.raises(UnsupportedSetup, match=re.escape("none.yaml: no such config file")):
+    with pytest.raises(UnsupportedSetup, match=re.escape("none.yaml: no such config for `lightning-soup fit`")):
         check_settings(tmp_path / "none.yaml", tmp_path / "sweep.yaml", [{}])
     (tmp_path / "broken.yaml").write_text("model: [")
-    with pytest.raises(UnsupportedSetup, match=r"broken.yaml: not a config for"):
-        check_settings(tmp_path / "broken.yaml", tmp_path / "sweep.yaml", [{"model.lr": 1}])
+    (tmp_path / "latin.yaml").write_bytes("model: für".encode("latin1"))
+    (tmp_path / "list.yaml").write_text("- model")
+    (tmp_path / "numbers.yaml").write_text("model: x\n1: y\n")
+    for name, message in (
+        ("broken.yaml", "not a config for"),
+        ("latin.yaml", "not UTF-8 .*Save it as UTF-8"),
+        ("list.yaml", "expected a mapping .* found a list"),
+        ("numbers.yaml", "has the key 1; expected model, data"),
+    ):
+        with pytest.raises(UnsupportedSetup, match=rf"{name}: .*{message}"):
+            check_settings(tmp_path / name, tmp_path / "sweep.yaml", [{"model.lr": 1}])

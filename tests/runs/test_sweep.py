@@ -15,7 +15,8 @@ from lightning_soup.recipes.ingredient import gather_ingredients
 from lightning_soup.runs import sweep as sweep_module
 from lightning_soup.runs.sweep import run_sweep
 from lightning_soup.runs.sweep_run import Trained
-from tests.helpers.sweeps import fake_training, is_running, starts
+from tests.helpers.sweeps import is_running, starts
+from tests.runs.trainings import Stopped, training
 
 SETTINGS = [{"model.lr": 0.1}, {"model.lr": 0.2}, {"model.lr": 0.3}]
 
@@ -27,7 +28,7 @@ def calls(tmp_path):
 
 @pytest.fixture
 def train(calls):
-    return partial(fake_training, calls=str(calls))
+    return partial(training, calls=str(calls))
 
 
 def folders(path):
@@ -152,7 +153,14 @@ def test_a_full_disk_fails_the_run_with_its_reason(tmp_path, monkeypatch):
     assert os.listdir(failed.folder) == ["w.ckpt"]
 
 
-@pytest.mark.parametrize(("do", "error"), [("interrupt", KeyboardInterrupt), ("exit", SystemExit)])
+def test_an_exit_in_a_training_is_its_failure(tmp_path, train):
+    result = run_sweep([{}, {"do": "exit"}, {}], train, tmp_path / "runs")
+    assert [run.index for run in result.finished] == [0, 2]
+    assert result.failed[0].error == "SystemExit: 7"
+    assert not (result.failed[0].folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("do", "error"), [("interrupt", KeyboardInterrupt), ("terminate", Stopped)])
 def test_stopping_leaves_finished_runs_and_nothing_half_written(tmp_path, train, do, error):
     with pytest.raises(error):
         run_sweep([{}, {"do": do}, {}], train, tmp_path / "runs")
@@ -177,6 +185,9 @@ def test_run_folders_are_ingredients(tmp_path):
 def test_wrong_arguments(tmp_path, train):
     with pytest.raises(UnsupportedSetup, match="jobs is 0; expected 1 or more"):
         run_sweep(SETTINGS, train, tmp_path, jobs=0)
+    for seed in (-1, 2**32 - 2):
+        with pytest.raises(UnsupportedSetup, match=f"seed is {seed}; expected a number from 0 to 4294967292"):
+            run_sweep(SETTINGS, train, tmp_path, seed=seed)
     with pytest.raises(UnsupportedSetup, match="no settings to train"):
         run_sweep([], train, tmp_path)
     (tmp_path / "file").touch()
@@ -203,7 +214,7 @@ def test_jobs_train_in_processes_of_their_own(tmp_path, train, calls, monkeypatc
     assert [run.error for run in result.failed] == [
         "in epoch 3",
         "The process was killed by SIGKILL before it finished (out of memory? try fewer jobs); see log.txt.",
-        "The process ended with exit code 7 before it finished; see log.txt.",
+        "SystemExit: 7",
     ]
     assert "RuntimeError" in (result.runs[1].folder / "error.txt").read_text()
     assert "SIGKILL" in (result.runs[2].folder / "error.txt").read_text()
@@ -222,6 +233,37 @@ def test_share_of_cores(monkeypatch, cores, jobs, asked, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert sweep_module._share_of_cores(jobs) == threads
+
+
+def test_each_job_gets_a_gpu_of_its_own(tmp_path, train, calls, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus = Path(f"{calls}.gpus")
+    run_sweep([{}] * 3, train, tmp_path / "runs", jobs=2)
+    first, second, third = [line.partition(" ")[2] for line in sorted(gpus.read_text().splitlines())]
+    assert {first, second} == {"0", "1"}
+    assert third in ("0", "1")
+    gpus.unlink()
+    run_sweep([{}], train, tmp_path / "together", jobs=2, spread=False)
+    assert gpus.read_text() == "0 None\n"
+
+
+def test_which_gpus_there_are(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sweep_module._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5a,-1,7")
+    assert sweep_module._gpus() == ["3", "GPU-5a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert sweep_module._gpus() == []
+
+
+def test_settings_with_keys_of_several_types(tmp_path, train):
+    settings = [{"model.weights": {0: 1.0, "other": 2.0, None: 3}}, {"model.weights": {"other": 2.0, 0: 1.5}}]
+    result = run_sweep(settings, train, tmp_path / "runs")
+    assert len(result.finished) == 2
+    assert run_sweep(settings, train, tmp_path / "runs").runs == result.runs
 
 
 def test_an_interrupted_display_stops_the_children(tmp_path, train, calls, monkeypatch):

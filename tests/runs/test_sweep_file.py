@@ -105,7 +105,7 @@ WRONG = [
         {"method": "grid", "parameters": {"lr": {"min": 0.0, "max": 1.0}}},
         "a grid cannot list the values of uniform",
     ),
-    (["method", "grid"], "is a mapping with the keys method and parameters; found a list"),
+    (["method", "grid"], "not a sweep file: expected a mapping from names to values; found a list"),
     (None, "found nothing"),
 ]
 

@@ -10,12 +10,16 @@ import torch
 import yaml
 
 from lightning_soup.cli.sweep import fingerprint, sweep
+from lightning_soup.cli.sweep_check import check_settings
 from lightning_soup.cli.sweep_training import RunCLI, train_setting
-from lightning_soup.errors import LightningSoupError
+from lightning_soup.errors import LightningSoupError, UnwritableOutput
 from lightning_soup.evaluation.own_loops import no_notices
 from lightning_soup.progress import rich_progress
 from lightning_soup.recipes import GreedySoup, InterpolatedSoup, LearnedSoup, Soup, UniformSoup
-from lightning_soup.runs.sweep import run_sweep
+from lightning_soup.runs.sweep import check_numbers, run_sweep
+from lightning_soup.runs.sweep_file import read_sweep_file
+from lightning_soup.weights import open_checkpoint
+from lightning_soup.weights.save import check_output
 
 _CONFIGS = Path(__file__).parent
 
@@ -43,6 +47,9 @@ def demo(
 
     Returns:
         The report.
+
+    Raises:
+        LightningSoupError: A number, file or folder that cannot be used; found before anything is trained.
     """
     # So small a model gains nothing from a second thread, and on a busy machine its threads wait for one another.
     threads = torch.get_num_threads()
@@ -56,10 +63,21 @@ def demo(
 
 
 def _demo(home: Path, seed: int, jobs: int, labels: int, start: str | None, sweep_file: str | None) -> Path:
-    configs = _write_configs(home, seed, labels, sweep_file)
+    varied = read_sweep_file(sweep_file or _CONFIGS / "sweep.yaml")
+    settings = varied.settings(seed)
+    check_numbers(jobs, seed, len(settings))
+    check_output(home / "soup.safetensors")
+    first = None if start is None else open_checkpoint(start).path
     pretrained = home / "pretrained.ckpt"
-    _copy_if_changed(Path(start) if start else _pretrain(configs / "pretrain.yaml", home, seed), pretrained)
-    base = configs / "finetune.yaml"
+    try:
+        configs = _write_configs(home, seed, labels, varied.path)
+        base = configs / "finetune.yaml"
+        check_settings(base, varied.path, settings)
+        _build(configs / "pretrain.yaml", home)
+        _build(base, home, first)
+        _copy_if_changed(first or _pretrain(configs / "pretrain.yaml", home, seed), pretrained)
+    except OSError as error:
+        raise UnwritableOutput(f"{home}: cannot be used ({error}). Give another --folder.") from error
     result = sweep(str(base), str(configs / "sweep.yaml"), folder=str(home / "ingredients"), jobs=jobs, seed=seed)
     if result.failed:
         raise LightningSoupError(f"{len(result.failed)} of {len(result.runs)} fine-tunings failed; run the demo again.")
@@ -88,7 +106,13 @@ def cook(config: Path, ingredients: list[str], init: Path, output: Path) -> Soup
     return soups[0]
 
 
-def _write_configs(home: Path, seed: int, labels: int, sweep_file: str | None) -> Path:
+def _build(config: Path, home: Path, start: Path | None = None) -> None:
+    """Build the model and read the data of a config, so that what cannot be is found at once."""
+    setting = {"model.checkpoint_path": None if start is None else str(start)}
+    RunCLI(config, setting, home, "", work=lambda trainer, model, data: data.setup())
+
+
+def _write_configs(home: Path, seed: int, labels: int, sweep_file: Path) -> Path:
     """Copy the three configs, with the seed and the paths of this run in them."""
     target = home / "configs"
     target.mkdir(parents=True, exist_ok=True)
@@ -100,7 +124,7 @@ def _write_configs(home: Path, seed: int, labels: int, sweep_file: str | None) -
             config["model"]["init_args"]["checkpoint_path"] = str(home / "pretrained.ckpt")
             config["data"]["init_args"]["train_size"] = labels
         (target / name).write_text(yaml.safe_dump(config, sort_keys=False))
-    shutil.copyfile(sweep_file or _CONFIGS / "sweep.yaml", target / "sweep.yaml")
+    _copy_if_changed(sweep_file, target / "sweep.yaml")
     return target
 
 
