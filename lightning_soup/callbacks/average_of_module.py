@@ -14,6 +14,7 @@ from lightning_soup.callbacks.averaged_tensors import (
     Group,
     by_optimizer,
     is_captured,
+    reshard,
     select,
     trainable,
     without_infinite,
@@ -93,7 +94,11 @@ class AverageOfModule:
             group.since += 1
             group.fresh = True
             if schedule.by_steps and schedule.due_at_step(group.since):
-                group.absorb(self.rule.share(group.absorbed))
+                self._absorb(group)
+
+    def _absorb(self, group: Group) -> None:
+        group.follow(self.module())
+        group.absorb(self.rule.share(group.absorbed))
 
     def after_batch(self, trainer: Trainer) -> None:
         """Samples that are due at the end of an epoch or of a share of the training."""
@@ -106,7 +111,7 @@ class AverageOfModule:
                 group.ticks = ticks
             due = ticks > group.ticks or (schedule.first and group.absorbed == self.rule.needs_start)
             if due and group.fresh:
-                group.absorb(self.rule.share(group.absorbed))
+                self._absorb(group)
                 group.ticks = ticks
 
     def refresh(self, trainer: Trainer) -> None:
@@ -141,9 +146,11 @@ class AverageOfModule:
             statistics: Estimate BatchNorm statistics anew, with ``buffers="recalibrate"``.
             briefly: Nothing is computed before it is put back.
         """
+        reshard(self.module())
         placed: list[Group] = []
         try:
             for group in self.ready:
+                group.follow(self.module())
                 group.place(self._exchange, briefly)
                 placed.append(group)
             if self.rule.buffers == "recalibrate":
@@ -158,6 +165,7 @@ class AverageOfModule:
     def put_back(self) -> None:
         """Give the module its live weights back."""
         if self.placed:
+            reshard(self.module())
             for group in reversed(self.groups):
                 group.put_back()
             self._statistics.put_back()

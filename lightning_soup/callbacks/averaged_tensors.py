@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,17 +21,19 @@ from lightning_soup.weights.weights_file import clean_names
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a tensor in a module. Looked up at each use: modules may put another tensor there.
+    """The place of a tensor in a module. Looked up at each use: another tensor may stand there by then.
 
     Attributes:
         name: Its name without the prefixes of wrappers.
-        owner: The module that holds it.
+        prefix: The path of the module that holds it.
+        owner: That module.
         key: Its name in the owner.
         is_buffer: A buffer; else a parameter.
         shape: Its shape when averaging began; of a sharded one, the whole.
     """
 
     name: str
+    prefix: str
     owner: nn.Module
     key: str
     is_buffer: bool
@@ -98,6 +100,16 @@ class Group:
         self.concentration = (1 - share) ** 2 * self.concentration + share**2
         self.absorbed += 1
         self.fresh = False
+
+    def follow(self, module: nn.Module) -> None:
+        """Look the owners up again: a layer may have been exchanged for another one."""
+        owners = {slot.prefix: slot.owner for slot in self.slots}
+        moved = {prefix: _at(module, prefix) for prefix, owner in owners.items() if _at(module, prefix) is not owner}
+        if moved:
+            self.slots = [
+                replace(slot, owner=moved[slot.prefix] or nn.Module()) if slot.prefix in moved else slot
+                for slot in self.slots
+            ]
 
     def grow(self, slots: Sequence[Slot]) -> None:
         """Average more tensors, which had their present values at all samples before."""
@@ -273,6 +285,13 @@ def without_infinite(slots: Sequence[Slot], owner: str) -> tuple[list[Slot], lis
     return kept, left
 
 
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 put its shards back: after a forward pass the outermost module may hold gathered parameters."""
+    for part in module.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(part).__mro__):
+            part.reshard()
+
+
 def is_captured(module: nn.Module, device: torch.device) -> bool:
     """Whether compiled code may have recorded the addresses of parameters, as CUDA graphs do."""
     if device.type != "cuda":
@@ -304,7 +323,15 @@ def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
 def _slot(module: nn.Module, raw: str, name: str, tensor: Tensor, is_buffer: bool) -> Slot:
     prefix, _, key = raw.rpartition(".")
     shape = torch.Size() if nn.parameter.is_lazy(tensor) else tensor.shape
-    return Slot(name.replace("_orig_mod.", ""), module.get_submodule(prefix), key, is_buffer, shape)
+    return Slot(name.replace("_orig_mod.", ""), prefix, module.get_submodule(prefix), key, is_buffer, shape)
+
+
+def _at(module: nn.Module, prefix: str) -> nn.Module | None:
+    """The module at a path; ``get_submodule`` does the same three times slower, and this runs at each sample."""
+    found: nn.Module | None = module
+    for part in prefix.split(".") if prefix else ():
+        found = found._modules.get(part) if found is not None else None
+    return found
 
 
 def _admitted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

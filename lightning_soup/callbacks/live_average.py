@@ -72,7 +72,7 @@ class LiveAverage(Callback):
         start: When = 0,
         stop: When | None = None,
         every: When = 1,
-        name: str = "average",
+        name: str = "live_average",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         buffers: Literal["copy", "average", "recalibrate"] = "copy",
@@ -86,7 +86,7 @@ class LiveAverage(Callback):
         self.schedule = Schedule(start, stop, every, self.first_step_counts, owner)
         if not name or any(character in name for character in "/\\'\""):
             raise UnsupportedSetup(f"{owner}(name={name!r}): expected a name without slashes and quotes.")
-        if name in ("average", "raw") and type(self) is not LiveAverage:
+        if name in ("average", "raw"):
             raise UnsupportedSetup(f"{owner}(name={name!r}): open_checkpoint gives this word a meaning of its own.")
         if unknown := [stage for stage in evaluate_on if stage not in _STAGES]:
             raise UnsupportedSetup(f"{owner}(evaluate_on={unknown}): expected some of {', '.join(_STAGES)}.")
@@ -214,7 +214,7 @@ class LiveAverage(Callback):
                 "effective_window": average.effective_window(),
                 "relative_distance": average.relative_distance(),
             }
-            self.log_dict({f"{self.name}/{key}": value for key, value in values.items()})
+            self.log_dict({f"{self.name}/{key}": value for key, value in values.items()}, sync_dist=True)
         self._enter(trainer, pl_module, "validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,7 +222,7 @@ class LiveAverage(Callback):
         scored = self._average is not None and self._average.placed
         self._exit()
         if scored and self.score_live and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            metrics = FitEvaluator(trainer, pl_module, "")._validate()
+            metrics = FitEvaluator(trainer, pl_module, "").metrics()
             named = {f"{self.name}/live_{metric}": float(value) for metric, value in metrics.items()}
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
             for logger in trainer.loggers:

@@ -7,7 +7,7 @@ and misses raw optimizers. torch's own post-step hook is exact, so everything he
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
@@ -25,6 +25,9 @@ class OptimizerSteps:
     outer steps) are called first and those that *observe* them (averages, trails) afterwards. Within a phase the order
     is that of the callback list. A listener is called with the index of the optimizer in ``trainer.optimizers``.
 
+    Steps count while Lightning works on a training batch. Elsewhere they are none: saving and loading sharded optimizer
+    states takes one with zero gradients, only to have the state.
+
     Listen in ``on_fit_start`` and stop in ``teardown``::
 
         self._steps = OptimizerSteps.of(trainer)
@@ -35,7 +38,8 @@ class OptimizerSteps:
 
     _of: ClassVar["WeakKeyDictionary[Trainer, OptimizerSteps]"] = WeakKeyDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = ref(trainer)
         self._listeners: dict[Phase, dict[int, Listener]] = {"mutate": {}, "observe": {}}
         self._hooks: list[Any] = []
         self._attached: list[Optimizer] = []
@@ -45,7 +49,7 @@ class OptimizerSteps:
         """The signal of this Trainer, hooked to the optimizers that it has now."""
         steps = cls._of.get(trainer)
         if steps is None:
-            steps = cls._of[trainer] = cls()
+            steps = cls._of[trainer] = cls(trainer)
         steps.attach(trainer)
         return steps
 
@@ -85,6 +89,9 @@ class OptimizerSteps:
         self._hooks, self._attached = [], []
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
+        trainer = self._trainer()
+        if trainer is None or not trainer.training or not _in_batch(trainer):
+            return
         # A fused optimizer is stepped by the gradient scaler even where it found an overflow, and then does nothing.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
@@ -93,6 +100,11 @@ class OptimizerSteps:
         for phase in ("mutate", "observe"):
             for listener in list(self._listeners[phase].values()):
                 listener(index)
+
+
+def _in_batch(trainer: Trainer) -> bool:
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.started > progress.processed
 
 
 def _same(a: Optimizer, b: Optimizer) -> bool:

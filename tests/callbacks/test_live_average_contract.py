@@ -138,7 +138,7 @@ def test_steps_that_the_scaler_skips_are_no_samples(row, fused):
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    trainer, module, trail = fit(row.make(), module=Scaled(), plugins=[plugin], callbacks=[OverflowAt(2, 3, 9)])
+    trainer, module, trail = fit(row.make(), module=Scaled, plugins=[plugin], callbacks=[OverflowAt(2, 3, 9)])
     real = [trail[0]] + [
         b
         for a, b in pairwise(trail)
@@ -157,7 +157,7 @@ def test_compiled_parts_keep_their_names_and_their_average(row, tmp_path):
             super().__init__()
             self.net[0] = torch.compile(self.net[0], backend="eager")
 
-    trainer, module, trail = fit(row.make(), module=Compiled())
+    trainer, module, trail = fit(row.make(), module=Compiled)
     assert_close(module, row.expected(trail))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert "net.0._orig_mod.weight" in load(tmp_path / "x.ckpt")["state_dict"]

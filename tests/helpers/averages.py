@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, LiveAverage, WeightEnsemble
@@ -29,11 +30,13 @@ class Trail(Callback):
 
 
 def values_of(module: torch.nn.Module) -> Weights:
-    return {
-        name.replace("_orig_mod.", ""): p.detach().double().clone()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
+    """The trainable weights, whole, in float64. All ranks take part."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            found[name.replace("_orig_mod.", "")] = value.detach().double().clone()
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ ids = [row.name.replace(" ", "-") for row in ROWS]
 def fit(average: Callback | list[Callback], epochs: int = 3, module: Any = None, seed: int = 3, **options: Any) -> Any:
     """Train a tiny classifier (on batches in a fixed order), and return the Trainer, the module and the trail."""
     torch.manual_seed(seed)
-    module = module or TinyClassifier()
+    module = (module or TinyClassifier)()
     trail = Trail()
     given = average if isinstance(average, list) else [average]
     fit_options = {key: options.pop(key) for key in ("ckpt_path",) if key in options}
