@@ -12,8 +12,8 @@ _ROOMS = {
     "lightning_soup.callbacks": ("ModelSoup",),
     "lightning_soup.cli": ("SoupTrainer",),
     "lightning_soup.data": ("HandwritingDataModule", "ImageFolderDataModule", "TorchvisionDataModule"),
-    "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "paired_bootstrap"),
-    "lightning_soup.modules": ("ImageClassifier",),
+    "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "Robustness", "paired_bootstrap"),
+    "lightning_soup.modules": ("CLIPClassifier", "ImageClassifier"),
     "lightning_soup.recipes": (
         "GreedySoup",
         "Ingredient",

@@ -1,12 +1,13 @@
 """ImageFolderDataModule: your own images, one folder per class."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lightning_soup.data.shifted_classes import competing_classes
 from lightning_soup.data.transforms import DEFAULT_AUGMENTATION, Augmentation, Preprocessing
 from lightning_soup.data.vision import VisionDataModule, map_classes
 from lightning_soup.errors import UnsupportedSetup
@@ -28,6 +29,10 @@ class ImageFolderDataModule(VisionDataModule):
         shifted: More test sets, which are scored beside the main one: sketches, another camera, another hospital. A
             list of folders (inside ``root``, or anywhere), or a mapping from a short name to a folder. They may
             lack classes.
+        shifted_classes: How the classes of shifted sets compete, by the sets' short names. ``own``: only the classes
+            that the set has folders for, as is usual for ImageNet-R and -A; by default all training classes do. Or a
+            JSON file: folder -> training class, or a list of several whose largest logit counts, as for ObjectNet;
+            folders that it does not name are left out.
         model_name: The timm model to be trained; the size and normalisation of the images follow from it.
         img_size: Side of the images, instead of the model's. This or ``model_name`` is needed.
         mean: Mean of the three channels, instead of the model's.
@@ -49,6 +54,7 @@ class ImageFolderDataModule(VisionDataModule):
         val: str = "val",
         test: str = "test",
         shifted: list[str] | dict[str, str] | None = None,
+        shifted_classes: dict[str, str] | None = None,
         model_name: str | None = None,
         img_size: int | None = None,
         mean: list[float] | None = None,
@@ -64,6 +70,9 @@ class ImageFolderDataModule(VisionDataModule):
         self.root, self.train, self.val, self.test = Path(root), train, val, test
         self.shifted = name_sets(shifted)
         self.test_names = ["test", *self.shifted]
+        self.shifted_classes = shifted_classes or {}
+        check_short_names("shifted_classes", self.shifted_classes, self.shifted)
+        self.test_classes: dict[str, list[list[int]]] = {}  # which compete, known when the test sets are opened
 
     @property
     def class_names(self) -> list[str]:
@@ -79,11 +88,22 @@ class ImageFolderDataModule(VisionDataModule):
         folder = self.root / self.val
         return self._open(folder, subset=False) if folder.is_dir() else None
 
-    def open_tests(self) -> list[tuple[Dataset, None, dict[int, int] | None]]:
+    def open_tests(self) -> list[tuple[Dataset, Sequence[int] | None, dict[int, int] | None]]:
         """The test folder and the shifted ones."""
-        folders = [(self.root / self.test, False), *((self.root / path, True) for path in self.shifted.values())]
-        opened = [self._open(folder, subset) for folder, subset in folders]
-        return [(images, None, class_map) for images, class_map in opened]
+        images, class_map = self._open(self.root / self.test, subset=False)
+        return [(images, None, class_map), *(self._open_shifted(short) for short in self.shifted)]
+
+    def _open_shifted(self, short: str) -> tuple[Dataset, Sequence[int] | None, dict[int, int] | None]:
+        folder, source = self.root / self.shifted[short], self.shifted_classes.get(short)
+        if source is None:
+            images, class_map = self._open(folder, subset=True)
+            return images, None, class_map
+        images = open_folder(folder)
+        covered = competing_classes(source, images.classes, self.class_names, str(folder))
+        self.test_classes[short] = list(covered.values())
+        # Any of the training classes that a folder covers can stand for it.
+        class_map = {i: covered[name][0] for i, name in enumerate(images.classes) if name in covered}
+        return images, [i for i, target in enumerate(images.targets) if target in class_map], class_map
 
     def _open(self, folder: Path, subset: bool) -> tuple[Dataset, dict[int, int] | None]:
         class_map = map_classes(class_folders(folder), self.class_names, str(folder), subset=subset)
@@ -108,6 +128,18 @@ def name_sets(shifted: Sequence[str] | dict[str, str] | None) -> dict[str, str]:
             "mapping from different names to their places."
         )
     return dict(named)
+
+
+def check_short_names(option: str, given: Iterable[str], shifted: Iterable[str]) -> None:
+    """Refuse options for shifted sets that there are not.
+
+    Raises:
+        UnsupportedSetup: A name that is not the short name of a shifted set.
+    """
+    if unknown := set(given) - set(shifted):
+        raise UnsupportedSetup(
+            f"{option} for {', '.join(sorted(unknown))}, but the shifted sets are: {', '.join(shifted) or 'none'}."
+        )
 
 
 def class_folders(folder: Path) -> list[str]:

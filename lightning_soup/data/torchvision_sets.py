@@ -10,7 +10,7 @@ from typing import Any
 import torchvision
 from torch.utils.data import Dataset
 
-from lightning_soup.data.image_folder import class_folders, name_sets, open_folder
+from lightning_soup.data.image_folder import check_short_names, class_folders, name_sets, open_folder
 from lightning_soup.data.transforms import DEFAULT_AUGMENTATION, Augmentation, Preprocessing
 from lightning_soup.data.vision import VisionDataModule, map_classes, random_parts
 from lightning_soup.errors import UnsupportedSetup
@@ -154,11 +154,7 @@ class TorchvisionDataModule(VisionDataModule):
                     f"The shifted set {short}: {source} is neither an existing folder nor a set of torchvision. "
                     f"Available sets: {', '.join(SETS)}."
                 )
-        if unknown := set(shifted_args or {}) - set(self.shifted):
-            raise UnsupportedSetup(
-                f"shifted_args for {', '.join(sorted(unknown))}, but the shifted sets are: "
-                f"{', '.join(self.shifted) or 'none'}."
-            )
+        check_short_names("shifted_args", shifted_args or {}, self.shifted)
         self.set_args, self.shifted_args = set_args or {}, shifted_args or {}
         self.test_names = ["test", *self.shifted]
         self._class_names: list[str] | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_soup.evaluation.evaluator import Evaluator as Evaluator
 from lightning_soup.evaluation.outcomes import Outcome as Outcome
+from lightning_soup.evaluation.robustness import Robustness as Robustness
 from lightning_soup.evaluation.significance import Interval as Interval
 from lightning_soup.evaluation.significance import paired_bootstrap as paired_bootstrap
 

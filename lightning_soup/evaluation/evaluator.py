@@ -20,6 +20,17 @@ def direction(metric: str) -> Literal["min", "max"]:
     return "min" if _SMALLER_IS_BETTER & set(re.split(r"[^a-z]+", metric.lower())) else "max"
 
 
+def not_logged(metric: str, logged: Iterable[str]) -> str:
+    """What to say of a metric that validation does not log."""
+    names = ", ".join(sorted(logged))
+    if names:
+        return f"the metric {metric!r} is not logged in validation. Logged: {names}."
+    return (
+        f"the metric {metric!r} is not logged in validation. Logged: nothing. Call self.log in validation_step; with "
+        "on_epoch=False it gives no value for the whole of the validation."
+    )
+
+
 class Evaluator(ABC):
     """Judges weights on held-out data that is neither training nor test data.
 
@@ -46,6 +57,10 @@ class Evaluator(ABC):
         """
         return None
 
+    def ignored(self) -> tuple[str, ...]:
+        """How names begin that are no weights, such as states of metrics: recipes leave those tensors out."""
+        return ()
+
     def head(self) -> tuple[str, ...]:
         """Names of the tensors in which the outputs are linear: weight and bias of the last layer."""
         return ()
@@ -61,7 +76,7 @@ class Evaluator(ABC):
         raise RecipeError(f"{type(self).__name__} gives no gradients, so coefficients cannot be learned with it.")
 
     def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
-        """Weights whose BatchNorm statistics have been estimated anew on training data."""
+        """The BatchNorm statistics of these weights, estimated anew on training data; empty without BatchNorm."""
         raise RecipeError(f"{type(self).__name__} cannot recalibrate BatchNorm statistics.")
 
     def natural(self, score: float) -> float:

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_soup.errors import RecipeError
-from lightning_soup.evaluation.module_evaluator import ModuleEvaluator, Split, hidden, listed
-from lightning_soup.evaluation.own_loops import quiet
+from lightning_soup.evaluation.evaluator import Weights
+from lightning_soup.evaluation.loading import listed
+from lightning_soup.evaluation.module_evaluator import ModuleEvaluator, Split
+from lightning_soup.evaluation.own_loops import hidden, quiet
 
 
 class FitEvaluator(ModuleEvaluator):
@@ -33,8 +35,12 @@ class FitEvaluator(ModuleEvaluator):
     ) -> None:
         super().__init__(module, trainer.datamodule, metric, mode, trainer)
 
-    def _check_data(self) -> None:
-        """A fit has its loaders, from a data module or not."""
+    def metrics(self) -> Mapping[str, Tensor]:
+        """All metrics that validation logs for the weights that the module holds."""
+        return self._validate()
+
+    def _data(self, given: LightningDataModule | None) -> LightningDataModule | None:
+        return given  # a fit has its loaders, from a data module or not
 
     def _validate(self) -> Mapping[str, Tensor]:
         trainer = self.trainer
@@ -65,6 +71,7 @@ class FitEvaluator(ModuleEvaluator):
         state = trainer.state.fn, trainer.state.stage, trainer.state.status
         progress, device = loop.state_dict(), self.module.device
         verbose, first_iteration = loop.verbose, connector._first_loop_iter
+        modes = dict(loop._module_mode.mode)  # what a validation that is under way will give back
         loop.verbose = False
         for name in kept:  # a metric of training is no score of a candidate
             getattr(connector, name).clear()
@@ -75,6 +82,7 @@ class FitEvaluator(ModuleEvaluator):
             yield
         finally:
             loop.verbose = verbose
+            loop._module_mode.mode = modes
             trainer.state.fn, trainer.state.stage, trainer.state.status = state
             connector._first_loop_iter = first_iteration
             loop.load_state_dict(progress)
@@ -94,3 +102,12 @@ class FitEvaluator(ModuleEvaluator):
         if self.trainer.val_dataloaders is None:
             loop.setup_data()
         return listed(self.trainer.val_dataloaders)
+
+    def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
+        """As outside a fit, on the fit's own training batches; the mean over ranks, each of which sees its share."""
+        reduce = self.trainer.strategy.reduce
+        found = super().recalibrate(weights)
+        return {n: reduce(v, reduce_op="mean") if v.is_floating_point() else v for n, v in found.items()}
+
+    def _training_loader(self) -> Any:
+        return listed(self.trainer.train_dataloader)[0]

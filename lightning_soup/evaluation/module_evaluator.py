@@ -1,33 +1,43 @@
 """Evaluating a LightningModule: its own validation step, metric and data decide."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from lightning_soup.errors import RecipeError, UnsupportedSetup
-from lightning_soup.evaluation.evaluator import Evaluator, Weights, direction
+from lightning_soup.evaluation.evaluator import Evaluator, Weights, direction, not_logged
+from lightning_soup.evaluation.loading import (
+    as_datamodule,
+    handed_out,
+    limited,
+    listed,
+    rebatched,
+    warn_of_changing_samples,
+    warn_of_random_setup,
+)
 from lightning_soup.evaluation.outcomes import Outcome
-from lightning_soup.evaluation.own_loops import OwnLoops, ctrl_c_unchanged, quiet
+from lightning_soup.evaluation.own_loops import OwnLoops, ctrl_c_unchanged, hidden, quiet
 from lightning_soup.weights.combine import combine
-from lightning_soup.weights.weights_file import WeightsFile, clean_names, module_tensors
+from lightning_soup.weights.in_place import open_target
+from lightning_soup.weights.weights_file import (
+    WeightsFile,
+    clean_names,
+    metric_prefixes,
+    module_tensors,
+    open_checkpoint,
+)
 
 Split = Literal["select", "third", "report"]
-_WHOLE_SET = (SequentialSampler, RandomSampler, DistributedSampler)  # samplers that leave nothing out
 
 
 class ModuleEvaluator(Evaluator):
@@ -39,9 +49,14 @@ class ModuleEvaluator(Evaluator):
     Splits: ``"select"`` is the validation data, on which recipes choose; ``"report"`` the test data, which is never
     used to choose; ``"third"`` the data module's ``third_dataloader()``, for recipes that need data that neither chose.
 
+    The validation data must be the same in all runs that gave the ingredients. A data module that splits by the global
+    random state gives each seed another split, so that one ingredient was trained on what another is validated on:
+    give the split a seed of its own. Random numbers that are drawn in ``setup`` are noticed and warned of; a split in
+    the data module's ``__init__`` is not.
+
     Args:
         module: The module; its weights are overwritten.
-        datamodule: Its data.
+        datamodule: Its data; or a DataLoader (or a list of them) of validation data, if nothing else is asked for.
         metric: A metric that the validation step logs.
         mode: ``"max"`` where larger is better, ``"min"`` where smaller is; by default losses and errors, known by their
             names (``val_loss``, ``val/mse``), are minimised and all else is maximised.
@@ -54,7 +69,7 @@ class ModuleEvaluator(Evaluator):
     def __init__(
         self,
         module: LightningModule,
-        datamodule: LightningDataModule | None,
+        datamodule: LightningDataModule | DataLoader | list[DataLoader],
         metric: str = "val_acc",
         mode: Literal["min", "max"] | None = None,
         trainer: Trainer | None = None,
@@ -62,19 +77,16 @@ class ModuleEvaluator(Evaluator):
         mode = mode or direction(metric)
         if mode not in ("min", "max"):
             raise RecipeError(f"mode={mode!r}: expected 'max' (larger is better) or 'min'.")
-        self.module, self.datamodule, self.metric, self.mode = module, datamodule, metric, mode
+        self.module, self.metric, self.mode = module, metric, mode
+        self.datamodule = self._data(datamodule)
         self.trainer = trainer or _quiet_trainer()
-        self._check_data()
         self._held: Any = None
         self._loaders: dict[str, list[Any]] = {}
         self._scores: dict[str, float] = {}
+        self._told = False
 
-    def _check_data(self) -> None:
-        if self.datamodule is None:
-            raise UnsupportedSetup(
-                f"ModuleEvaluator needs a data module. Wrap the loaders of {type(self.module).__name__}: "
-                "LightningDataModule.from_datasets(val_dataset=…, test_dataset=…)."
-            )
+    def _data(self, given: Any) -> LightningDataModule | None:
+        return as_datamodule(given)
 
     # ------------------------------------------------------------------------------------------------------- weights
 
@@ -82,20 +94,29 @@ class ModuleEvaluator(Evaluator):
         """The module's own tensors: a candidate written here needs no further copy."""
         return self._own()
 
+    def ignored(self) -> tuple[str, ...]:
+        """The states of metrics: they are in the state dict if they are persistent, but they are no weights."""
+        return tuple(prefix.replace("_orig_mod.", "") for prefix in metric_prefixes(self.module))
+
     def load(self, weights: Weights) -> None:
         """Write weights into the module, unless they are the module's own tensors already."""
         own = self._own()
         names = clean_names(own, type(self.module).__name__)
         if not all(name in weights and weights[name].data_ptr() == own[raw].data_ptr() for raw, name in names.items()):
-            combine([weights], [1.0], own)
+            combine([open_checkpoint(weights).without(self.ignored())], [1.0], self.module)
 
     def _own(self) -> dict[str, Tensor]:
-        tensors = module_tensors(self.module)
+        tensors, name = module_tensors(self.module), type(self.module).__name__
         if not tensors:
             raise UnsupportedSetup(
-                f"{type(self.module).__name__} has no weights yet. If it is built in configure_model, call that before "
-                "evaluating."
+                f"{name} has no weights yet. If it is built in configure_model, call that before evaluating."
             )
+        lazy = [key for key, value in tensors.items() if is_lazy(value)]
+        if lazy:
+            raise UnsupportedSetup(
+                f"{name}: {lazy[0]!r} has no shape yet (a lazy layer). Run one batch through the module first."
+            )
+        open_target(self.module)  # refuses a state dict of copies, into which a candidate would be written in vain
         return tensors
 
     # --------------------------------------------------------------------------------------------------------- score
@@ -116,7 +137,13 @@ class ModuleEvaluator(Evaluator):
         inference_mode = loop.inference_mode
         loop.inference_mode = False  # metric states made in inference mode cannot be updated later
         try:
-            with quiet(), isolate_rng(), self._held_data(), hidden(trainer), ctrl_c_unchanged():
+            with (
+                quiet(),
+                isolate_rng(),
+                handed_out(self.datamodule, self._validation()),
+                hidden(trainer),
+                ctrl_c_unchanged(),
+            ):
                 trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         finally:
             loop.inference_mode = inference_mode
@@ -124,8 +151,7 @@ class ModuleEvaluator(Evaluator):
 
     def _signed(self, metrics: Mapping[str, Tensor]) -> float:
         if self.metric not in metrics:
-            logged = ", ".join(sorted(metrics)) or "nothing"
-            raise RecipeError(f"the metric {self.metric!r} is not logged in validation. Logged: {logged}.")
+            raise RecipeError(not_logged(self.metric, metrics))
         value = float(metrics[self.metric])
         if math.isnan(value):
             raise RecipeError(
@@ -138,49 +164,34 @@ class ModuleEvaluator(Evaluator):
         """The validation loaders, made once."""
         if self._held is None:
             self.datamodule.prepare_data()
-            self.datamodule.setup("validate")
+            with warn_of_random_setup(self.datamodule):
+                self.datamodule.setup("validate")
             self._held = self.datamodule.val_dataloader()
+            warn_of_changing_samples(listed(self._held), self.trainer.limit_val_batches)
         return self._held
-
-    @contextmanager
-    def _held_data(self) -> Iterator[None]:
-        """Hand the same validation loaders to every run of the Trainer, and do not set the data up anew for each."""
-        held, own = self._validation(), vars(self.datamodule)
-        stand_ins = {
-            "val_dataloader": lambda: held,
-            "prepare_data": lambda: None,
-            "setup": lambda stage: None,
-            "teardown": lambda stage: None,
-        }
-        previous = {name: own[name] for name in stand_ins if name in own}
-        own.update(stand_ins)
-        try:
-            yield
-        finally:
-            for name in stand_ins:
-                del own[name]
-            own.update(previous)
 
     # ---------------------------------------------------------------------------------------------- loops of our own
 
     def batches(self, epoch: int, batch_size: int) -> Iterable[Any]:
-        """The validation data (of the first loader), shuffled by ``epoch``, in batches of ``batch_size``.
+        """The validation data, shuffled by ``epoch``, in batches of ``batch_size``; see :func:`.rebatched`.
 
-        A loader with a sampler of its own, or over a set without a length, is taken as it is.
+        Of several loaders it is that of the metric (``val_acc/dataloader_idx_1``), or the first one.
         """
-        loader = self.loaders("select")[0]
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            return loader
-        if type(loader.batch_sampler) is not BatchSampler or not isinstance(loader.sampler, _WHOLE_SET):
-            return loader
-        return DataLoader(
-            loader.dataset,
-            batch_size=batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(epoch),
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-        )
+        loaders, index = self.loaders("select"), self._loader_of_metric()
+        if not loaders:
+            raise RecipeError("there is no validation data, so no coefficients can be learned. Give a val_dataloader.")
+        if len(loaders) > 1 and "/dataloader_idx_" not in self.metric and not self._told:
+            self._told = True
+            warnings.warn(
+                f"coefficients are learned on the first of {len(loaders)} validation loaders, since the name of the "
+                f"metric, {self.metric!r}, does not say which it belongs to (…/dataloader_idx_1).",
+                stacklevel=2,
+            )
+        return rebatched(loaders[min(index, len(loaders) - 1)], epoch, batch_size, self.trainer.limit_val_batches)
+
+    def _loader_of_metric(self) -> int:
+        found = re.search(r"/dataloader_idx_(\d+)$", self.metric)  # what Lightning appends
+        return int(found[1]) if found else 0
 
     def loss_and_grad(self, weights: Weights, batch: Any) -> tuple[float, dict[str, Tensor]]:
         """The loss that ``validation_step`` returns for a batch, and its gradient for every floating parameter.
@@ -189,7 +200,7 @@ class ModuleEvaluator(Evaluator):
             RecipeError: ``validation_step`` returns no loss.
         """
         self.load(weights)
-        return self._loops.loss_and_grad(batch)
+        return self._loops.loss_and_grad(batch, self._loader_of_metric())
 
     def head(self) -> tuple[str, ...]:
         """Weight and bias of the linear layer whose output ``predict_step`` returns; nothing where there is none."""
@@ -200,26 +211,47 @@ class ModuleEvaluator(Evaluator):
 
         Returns:
             Logits and targets by data set. For the report split the names are the data module's ``test_names``, and its
-            ``test_groups``, a mapping from name to tensor, tell which rows of a set stem from one image.
+            ``test_groups``, a mapping from name to tensor, tell which rows of a set stem from one image, its
+            ``test_classes`` which classes compete on a set (:mod:`.robustness`).
 
         Raises:
             RecipeError: Batches are not pairs of inputs and targets, or predictions are not [batch, classes].
         """
         self.load(weights)
-        groups = getattr(self.datamodule, "test_groups", {}) if split == "report" else {}
-        pairs = zip(self._names(split), self.loaders(split), strict=True)
-        return {name: self._loops.outcome(loader, groups.get(name)) for name, loader in pairs}
+        pairs = list(zip(self._names(split), self.loaders(split), strict=True))
+        told = self.datamodule if split == "report" else None
+        groups, classes = getattr(told, "test_groups", {}), getattr(told, "test_classes", {})
+        return {name: self._loops.outcome(loader, groups.get(name), classes.get(name)) for name, loader in pairs}
 
     def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
         """Estimate BatchNorm statistics anew: the mean over training batches, in one pass without gradients.
 
-        Nothing but the statistics and their counters changes. Do this only where the statistics of the ingredients were
-        themselves trained: with statistics that were frozen in fine-tuning it destroys the model.
+        Only statistics and their counters change; afterwards the module holds these weights with them. Do this only
+        where the statistics of the ingredients were themselves trained: with statistics that were frozen in fine-tuning
+        it destroys the model.
+
+        Raises:
+            RecipeError: There is no training data.
         """
         self.load(weights)
+        with isolate_rng():
+            torch.manual_seed(0)  # the same batches for the same weights
+            batches = limited(self._training_loader(), self.trainer.limit_train_batches)
+            statistics = self._loops.recalibrate(batches)
+        return {name: value.clone() for name, value in statistics.items()}
+
+    def _training_loader(self) -> Any:
+        self._require("train_dataloader", "to recalibrate BatchNorm statistics on")
+        self.datamodule.prepare_data()
         self.datamodule.setup("fit")
-        self._loops.recalibrate(listed(self.datamodule.train_dataloader())[0])
-        return {name: value.clone() for name, value in self.slot().items()}
+        return listed(self.datamodule.train_dataloader())[0]
+
+    def _require(self, hook: str, purpose: str) -> None:
+        if not is_overridden(hook, self.datamodule):
+            name = type(self.datamodule).__name__.strip("_")
+            raise RecipeError(
+                f"{name} has no {hook}(), so there is no data {purpose}. Give a data module that has one."
+            )
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
@@ -227,6 +259,7 @@ class ModuleEvaluator(Evaluator):
         """The data loaders of a split, made once."""
         if split not in self._loaders:
             if split == "report":
+                self._require("test_dataloader", "to report on")
                 self.datamodule.prepare_data()
                 self.datamodule.setup("test")
                 made = self.datamodule.test_dataloader()
@@ -252,25 +285,7 @@ class ModuleEvaluator(Evaluator):
     @property
     def _loops(self) -> OwnLoops:
         trainer = self.trainer
-        return OwnLoops(self.module, self.datamodule, trainer.strategy.root_device, trainer.precision_plugin)
-
-
-def listed(loaders: Any) -> list[Any]:
-    """Data loaders as a list: Lightning allows one, a list, or a mapping."""
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-
-
-@contextmanager
-def hidden(trainer: Trainer) -> Iterator[None]:
-    """Keep a Trainer's callbacks and loggers from seeing candidates: they are no part of anyone's training."""
-    callbacks, loggers = trainer.callbacks, trainer.loggers
-    trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in loggers]  # modules may use self.logger
-    try:
-        yield
-    finally:
-        trainer.callbacks, trainer.loggers = callbacks, loggers
+        return OwnLoops(self.module, self.datamodule, trainer.strategy.root_device, trainer.precision_plugin, trainer)
 
 
 def _quiet_trainer() -> Trainer:

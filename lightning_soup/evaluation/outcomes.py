@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_soup.errors import LightningSoupError
+from lightning_soup.evaluation.robustness import Classes, check_classes, project, project_targets
 
 __all__ = ["Outcome", "ensemble"]
 
@@ -23,6 +24,7 @@ class Outcome:
         groups: Which rows stem from one original image, ``[N]``, where a test set shows the same image more
             than once (six corruptions of each test image, say). Such rows are not independent, so intervals
             resample them together. Default: every row is an image of its own.
+        classes: Which classes compete on this test set; see :mod:`.robustness`. Default: all of them.
 
     Raises:
         LightningSoupError: Shapes that do not fit together, an empty test set, or a target that is no class.
@@ -31,6 +33,7 @@ class Outcome:
     logits: Tensor
     targets: Tensor
     groups: Tensor | None = None
+    classes: Classes | None = None
 
     def __post_init__(self) -> None:
         if self.logits.dim() != 2 or self.targets.shape != self.logits.shape[:1] or not len(self.targets):
@@ -49,12 +52,21 @@ class Outcome:
                 f"Targets run from {low} to {high}, but the logits have {self.logits.shape[1]} classes. "
                 f"Was the model built with the num_classes of this test set?"
             )
+        if self.classes is not None:
+            check_classes(self.classes, self.logits.shape[1])
+
+    @cached_property
+    def competing(self) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, G]`` and targets ``[N]`` among the classes that compete."""
+        if self.classes is None:
+            return self.logits, self.targets
+        return project(self.logits, self.classes), project_targets(self.targets, self.classes)
 
     @cached_property
     def correct(self) -> Tensor:
         """Whether the largest logit is the target's, bool ``[N]``. A row that holds a NaN counts as wrong."""
-        right = self.logits.argmax(dim=1) == self.targets
-        return right & ~self.logits.isnan().any(dim=1)
+        logits, targets = self.competing
+        return (logits.argmax(dim=1) == targets) & ~self.logits.isnan().any(dim=1)
 
     @property
     def accuracy(self) -> float:
@@ -64,14 +76,16 @@ class Outcome:
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood of the targets: wrong answers given with confidence cost most."""
-        return functional.cross_entropy(_widened(self.logits), self.targets).item()
+        logits, targets = self.competing
+        return functional.cross_entropy(_widened(logits), targets).item()
 
 
 def ensemble(outcomes: Iterable[Outcome]) -> Outcome:
     """The logit ensemble (1/k) Σ f(x; θ_i): raw logits are averaged, not probabilities (Model Soups).
 
-    It is what a soup is compared with: the same ingredients at k times the cost per image. The outcomes are
-    consumed one at a time, so a generator keeps two sets of logits in memory however many models there are.
+    All logits are averaged before classes that compete are looked at. It is what a soup is compared with: the same
+    ingredients at k times the cost per image. The outcomes are consumed one at a time, so a generator keeps two sets of
+    logits in memory however many models there are.
 
     Raises:
         LightningSoupError: No outcome, or outcomes that are not of the same test set in the same order.
@@ -92,7 +106,7 @@ def ensemble(outcomes: Iterable[Outcome]) -> Outcome:
         count += 1
     if total is None:
         raise LightningSoupError("An ensemble needs the outcome of at least one model; got none.")
-    return Outcome(total / count, first.targets, first.groups)
+    return Outcome(total / count, first.targets, first.groups, first.classes)
 
 
 def _widened(logits: Tensor) -> Tensor:

@@ -1,27 +1,29 @@
 """Passes over batches that the Trainer's loops do not offer: gradients on validation data, logits, BatchNorm.
 
-The module runs in evaluation mode without its Trainer, so that ``self.log`` does nothing, and is left as it was.
+The module runs in evaluation mode and logs nothing; it and its Trainer are left as they were.
 """
 
-import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.outcomes import Outcome
-from lightning_soup.weights.weights_file import clean_names
+from lightning_soup.evaluation.robustness import Classes
+from lightning_soup.weights.weights_file import clean_names, metric_prefixes, module_tensors
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,26 @@ class OwnLoops:
         datamodule: Its data module, if there is one.
         device: The device to run on.
         precision: The Trainer's precision plugin: inputs are converted and casts apply as in its own loops.
+        trainer: What the module sees as its Trainer; by default the one that it is attached to.
     """
 
     module: LightningModule
     datamodule: LightningDataModule | None
     device: torch.device
     precision: Precision
+    trainer: Trainer | None = None
 
-    def loss_and_grad(self, batch: Any) -> tuple[float, dict[str, Tensor]]:
+    def loss_and_grad(self, batch: Any, dataloader_idx: int = 0) -> tuple[float, dict[str, Tensor]]:
         """The loss that ``validation_step`` returns, and its gradient for every floating parameter, frozen ones too."""
         module = self.module
+        metrics = metric_prefixes(module)  # networks inside metrics are no part of the model
         flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(parameter.is_floating_point())
-            with self.detached(), torch.enable_grad():
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(parameter.is_floating_point() and not name.startswith(metrics))
+            with self.apart(), torch.enable_grad():
                 module.zero_grad(set_to_none=True)
-                result = self._validation_step(batch)
+                result = self._validation_step(batch, dataloader_idx)
                 loss = result.get("loss") if isinstance(result, Mapping) else result
                 if not isinstance(loss, Tensor) or loss.grad_fn is None:
                     raise RecipeError(
@@ -58,8 +63,7 @@ class OwnLoops:
                     )
                 loss.backward()
                 gradient = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-            names = clean_names(gradient, type(module).__name__)
-            return loss.item(), {names[name]: value for name, value in gradient.items()}
+            return loss.item(), self._as_in_files(gradient)
         finally:
             module.zero_grad(set_to_none=True)
             for parameter, flag in flags:
@@ -74,7 +78,7 @@ class OwnLoops:
             for name, layer in layers.items()
         ]
         try:
-            with self.detached(), torch.no_grad():
+            with self.apart(), torch.no_grad():
                 logits = self._predict(batch)
         finally:
             for hook in hooks:
@@ -85,21 +89,27 @@ class OwnLoops:
         found = [f"{name}.{part}" for name in same[-1:] for part, _ in layers[name].named_parameters(recurse=False)]
         return tuple(clean_names(found, "head").values())
 
-    def outcome(self, batches: Iterable[Any], groups: Tensor | None = None) -> Outcome:
-        """Logits and targets of all batches; ``groups`` tells which rows stem from one image."""
-        with self.detached(), torch.inference_mode():
+    def outcome(self, batches: Iterable[Any], groups: Tensor | None = None, classes: Classes | None = None) -> Outcome:
+        """Logits and targets of all batches; see :class:`.Outcome` for ``groups`` and ``classes``."""
+        with self.apart(), torch.inference_mode():
             parts = [(self._logits(batch).float().cpu(), _targets(batch).cpu()) for batch in batches]
             if not parts:
                 raise RecipeError("a test loader gave no batches (drop_last?), so there is nothing to report.")
             logits, targets = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Outcome(logits.clone(), targets.clone(), groups)
+        return Outcome(logits.clone(), targets.clone(), groups, classes)
 
-    def recalibrate(self, batches: Iterable[Any]) -> None:
-        """Replace BatchNorm statistics by their plain mean over batches, and count them; nothing else changes."""
-        layers = [p for p in self.module.modules() if isinstance(p, _BatchNorm) and p.track_running_stats]
+    def recalibrate(self, batches: Iterable[Any]) -> dict[str, Tensor]:
+        """Replace BatchNorm statistics by their plain mean over batches, and count them; nothing else changes.
+
+        Returns:
+            The statistics by name; empty where there is no BatchNorm.
+        """
+        parts = self.module.named_modules(remove_duplicate=False)
+        named = {name: p for name, p in parts if isinstance(p, _BatchNorm) and p.track_running_stats}
+        layers = list(dict.fromkeys(named.values()))
         momenta = [layer.momentum for layer in layers]
         try:
-            with self.detached(), torch.no_grad():
+            with self.apart(), torch.no_grad():
                 for layer in layers:
                     layer.reset_running_stats()
                     layer.momentum = None  # torch's way to ask for a plain mean
@@ -109,6 +119,13 @@ class OwnLoops:
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
+        found = {f"{name}.{key}": value for name, layer in named.items() for key, value in layer.named_buffers()}
+        return self._as_in_files(found)
+
+    def _as_in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under their names in files: without the prefixes of wrappers."""
+        names = clean_names(module_tensors(self.module), type(self.module).__name__)
+        return {names[name]: value for name, value in tensors.items() if name in names}
 
     def placed(self, batch: Any) -> Any:
         """The batch after the transfer hooks of the data module or module, on the module's device."""
@@ -119,38 +136,38 @@ class OwnLoops:
         return batch
 
     @contextmanager
-    def detached(self) -> Iterator[None]:
-        """The module in evaluation mode on the device, without a Trainer."""
-        module, trainer = self.module, self.module._trainer
+    def apart(self) -> Iterator[None]:
+        """The module in evaluation mode on the device; it has a Trainer to ask, but nothing that it logs gets there."""
+        module, attached = self.module, self.module._trainer
+        trainer = self.trainer or attached
         modes = [(part, part.training) for part in module.modules()]
-        module._trainer = None
+        module.trainer = trainer
         module.eval()
         module.to(self.device)
         try:
-            with quiet():
+            with quiet(), nullcontext() if trainer is None else hidden(trainer), _silent(module):
                 yield
         finally:
-            module._trainer = trainer
+            module.trainer = attached
             for part, training in modes:
                 part.training = training
             for part in module.modules():
                 if isinstance(part, Metric):  # what these loops counted is no part of the next validation
                     part.reset()
 
-    def _validation_step(self, batch: Any) -> Any:
-        arguments: list[Any] = [self.precision.convert_input(self.placed(batch)), 0]
-        parameters = inspect.signature(self.module.validation_step).parameters
-        if "dataloader_idx" in parameters:
-            arguments.append(0)
+    def _validation_step(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        batch = self.precision.convert_input(self.placed(batch))
+        step = self.module.validation_step
         with self.precision.forward_context():
-            return self.module.validation_step(*arguments)
+            return step(batch, *_indices(step, dataloader_idx))
 
     def _predict(self, batch: Any) -> Any:
         """What ``predict_step`` returns, or the module itself where it is not written: for the inputs of a pair."""
         batch = self.precision.convert_input(self.placed(batch))
+        step = self.module.predict_step
         with self.precision.forward_context():
             if is_overridden("predict_step", self.module):
-                return self.module.predict_step(batch, 0)
+                return step(batch, *_indices(step, 0))
             return self.module(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
     def _logits(self, batch: Any) -> Tensor:
@@ -162,6 +179,40 @@ class OwnLoops:
                 "(--report=false)."
             )
         return logits
+
+
+def _indices(step: Callable[..., Any], dataloader_idx: int) -> list[int]:
+    """The indices that a step takes after the batch, as Lightning's own loops pass them."""
+    taken = [0] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
+    last = is_param_in_hook_signature(step, "dataloader_idx", explicit=True, min_args=3)
+    return [*taken, dataloader_idx] if last else taken
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Let ``self.log`` do nothing."""
+    parts = [part for part in module.modules() if isinstance(part, LightningModule)]
+    kept = [part.__dict__.get("log") for part in parts]
+    for part in parts:
+        part.__dict__["log"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for part, own in zip(parts, kept, strict=True):
+            del part.__dict__["log"]
+            if own is not None:
+                part.__dict__["log"] = own
+
+
+@contextmanager
+def hidden(trainer: Trainer) -> Iterator[None]:
+    """Keep a Trainer's callbacks and loggers from seeing candidates: they are no part of anyone's training."""
+    callbacks, loggers = trainer.callbacks, trainer.loggers
+    trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in loggers]  # modules may use self.logger
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers
 
 
 @contextmanager

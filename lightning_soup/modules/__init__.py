@@ -1,17 +1,20 @@
-"""LightningModules: an image classifier with any timm model.
+"""LightningModules: an image classifier with any timm model, and one with any open_clip model.
 
-Each name is imported when it is first used, since Lightning and timm are slow to import.
+Each name is imported when it is first used, since Lightning, timm and open_clip are slow to import.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_soup.modules.classifier import ImageClassifier as ImageClassifier
+    from lightning_soup.modules.clip import CLIPClassifier as CLIPClassifier
+    from lightning_soup.modules.zscl import ZSCL as ZSCL
+
+_HOME = {"CLIPClassifier": "clip", "ImageClassifier": "classifier", "ZSCL": "zscl"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ImageClassifier":
-        from lightning_soup.modules.classifier import ImageClassifier
-
-        return ImageClassifier
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Starting a timm model from a checkpoint of any format."""
+"""Starting a model of timm or open_clip from a checkpoint of any format."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,17 +10,27 @@ from lightning_soup.weights.weights_file import open_checkpoint
 
 __all__ = ["load_initial_weights"]
 
-_PREFIX = "model."  # where ImageClassifier keeps its timm model
+_PREFIX = "model."  # where the classifiers keep their timm or open_clip model
+_OPTIONS = "model_name, img_size, in_chans, model_args"
 
 
-def load_initial_weights(model: nn.Module, path: str | Path, reset_head: bool = False) -> None:
-    """Copy the weights of a checkpoint into a timm model.
+def load_initial_weights(
+    model: nn.Module,
+    path: str | Path,
+    reset_head: bool = False,
+    *,
+    optional: Collection[str] = (),
+    options: str = _OPTIONS,
+) -> None:
+    """Copy the weights of a checkpoint into a model.
 
     Args:
-        model: The model.
-        path: A checkpoint in any format that :func:`open_checkpoint` opens: of an ``ImageClassifier`` (a Lightning
-            checkpoint, a soup), or of the bare timm model.
-        reset_head: Leave the classifier's last layer as it was initialised.
+        model: The model, of timm or open_clip.
+        path: A checkpoint in any format that :func:`open_checkpoint` opens: of a classifier of this package (a
+            Lightning checkpoint, a soup), or of the bare model.
+        reset_head: Leave the classifier's last layer as it was initialised; for timm models, which name it.
+        optional: Tensors that older files hold and the model does not need.
+        options: The arguments that the model was built with, for the message.
 
     Raises:
         UnreadableCheckpoint: The file cannot be opened.
@@ -32,6 +42,7 @@ def load_initial_weights(model: nn.Module, path: str | Path, reset_head: bool = 
     names = {name.removeprefix(_PREFIX): name for name in weights if name.startswith(_PREFIX)}
     if not names.keys() & own.keys():
         names = {name: name for name in weights}
+    names = {name: stored for name, stored in names.items() if name in own or name not in optional}
     head = {name for name in own if name.startswith(_head_prefixes(model))}
     if reset_head:
         wanted = own.keys() - head
@@ -55,7 +66,7 @@ def load_initial_weights(model: nn.Module, path: str | Path, reset_head: bool = 
             f"{path} does not fit the model, {len(lines)} tensors disagree:\n"
             + "\n".join(lines[:10])
             + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")
-            + "\nBuild the model as the checkpoint's was built: model_name, img_size, in_chans, model_args."
+            + f"\nBuild the model as the checkpoint's was built: {options}."
         )
     model.load_state_dict({name: weights[stored] for name, stored in names.items()}, strict=False)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_soup.errors import RecipeError
+from lightning_soup.evaluation.evaluator import Evaluator
 from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
 from lightning_soup.weights.compatibility import check_compatible, is_head
 from lightning_soup.weights.geometry import cosines
@@ -20,7 +21,9 @@ _COMPARED = 24  # matrices that are sampled, spread over the depth of the networ
 
 
 def check_ingredients(
-    ingredients: Sequence[Ingredient | Source | WeightsFile], common_start: CommonStart = "require"
+    ingredients: Sequence[Ingredient | Source | WeightsFile],
+    common_start: CommonStart = "require",
+    evaluator: Evaluator | None = None,
 ) -> tuple[tuple[Ingredient, ...], tuple[str, ...]]:
     """Check ingredients before anything is evaluated.
 
@@ -28,16 +31,18 @@ def check_ingredients(
         ingredients: Checkpoints or ingredients.
         common_start: ``"require"`` refuses networks that cannot come from one starting point; ``"ignore"`` skips that
             check.
+        evaluator: Says which tensors are no weights (:meth:`.Evaluator.ignored`).
 
     Returns:
-        The ingredients with unique labels, and notes for the user: duplicates, and heads that were initialised
-        independently. Each note is also given as a warning.
+        The ingredients, with unique labels and without tensors that are no weights, and notes for the user: duplicates,
+        and heads that were initialised independently. Each note is also given as a warning.
 
     Raises:
         RecipeError: Fewer than two ingredients, or ingredients without a common start.
         IncompatibleIngredients: Their tensors differ.
     """
-    found = as_ingredients(ingredients)
+    ignored = () if evaluator is None else evaluator.ignored()
+    found = [item.without(ignored) for item in as_ingredients(ingredients)]
     if len(found) < 2:
         given = f"one ({found[0].name})" if found else "none"
         raise RecipeError(
@@ -82,15 +87,21 @@ def _unrelated(ingredients: Sequence[Ingredient]) -> list[str]:
     for i in range(1, len(names)):
         if not torch.isfinite(torch.stack([found[name][0, i] for name in spread])).all():
             continue  # the kernel says which tensor of which file is not finite
-        middle = statistics.median(float(found[name][0, i]) for name in spread)
+        angles = [float(found[name][0, i]) for name in spread if _has_angle(found[name], i)]
+        middle = statistics.median(angles) if angles else 1.0
         if middle < _UNRELATED:
             raise RecipeError(
                 f"{names[0]} and {names[i]} have no common start: the median cosine between their weight matrices is "
                 f"{middle:.2f} (fine-tunes of one model lie above 0.9). The average of networks from different random "
-                "initialisations is worse than any of them. Fine-tune all ingredients from one checkpoint, or pass "
-                "common_start='ignore' to cook anyway."
+                "initialisations is worse than any of them. Fine-tune all ingredients from one checkpoint. To cook "
+                "anyway: common_start='ignore' in the recipe, --recipe.common_start=ignore on the command line."
             )
     return _parts_apart(names, heads, spread, found)
+
+
+def _has_angle(cosines: Tensor, i: int) -> bool:
+    """Whether neither matrix is all zero, as layers are that start so and were not trained yet."""
+    return float(cosines[0, 0]) > _UNRELATED and float(cosines[i, i]) > _UNRELATED
 
 
 def _parts_apart(
@@ -102,7 +113,7 @@ def _parts_apart(
         to_first = found[tensor][0]
         lowest = min(range(1, len(names)), key=lambda i, row=to_first: float(row[i]))
         cosine = float(to_first[lowest])
-        if not (cosine < _UNRELATED and float(to_first[0]) > _UNRELATED):  # all zero: no angle to speak of
+        if not (cosine < _UNRELATED and _has_angle(found[tensor], lowest)):
             continue
         if tensor in heads:
             notes.append(

@@ -48,7 +48,7 @@ class GreedySoup(Recipe):
     ) -> Soup:
         """Choose the subset to average; see :meth:`.Recipe.cook`."""
         evaluator = require_evaluator(self, evaluator)
-        found, notes = check_ingredients(ingredients, self.common_start)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
         scores = [evaluator.score(item.weights) for item in progress(found, "scoring ingredients", len(found))]
         order = sorted(range(len(found)), key=lambda i: -scores[i])
         first = order[0]

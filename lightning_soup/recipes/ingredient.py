@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_soup.errors import RecipeError, UnwritableOutput
+from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
 RUN_FILE = "run.json"
@@ -49,6 +51,15 @@ class Ingredient:
     def name(self) -> str:
         """The label, or the name of the source where none was given."""
         return self.label or self.weights.label
+
+    def without(self, prefixes: tuple[str, ...]) -> "Ingredient":
+        """This ingredient without the tensors whose names begin so; itself where it has none."""
+        kept = self.weights.without(prefixes)
+        if kept is self.weights:
+            return self
+        found = replace(self)
+        found.__dict__["weights"] = kept
+        return found
 
     @classmethod
     def from_path(cls, path: str | os.PathLike, label: str | None = None) -> "Ingredient":
@@ -111,14 +122,14 @@ def gather_ingredients(
         text = os.fspath(source)
         if has_magic(text) and not Path(text).exists() and not text.startswith("wandb:"):
             found = glob(os.path.expanduser(text), recursive=True)
-            matches = sorted((match for match in found if not _is_earlier_soup(match, output)), key=_natural)
+            matches = _without_soups(sorted((m for m in found if not _is_earlier_soup(m, output)), key=_natural), text)
             if not matches:
                 raise RecipeError(f"{text!r} matches no file (searched from {Path.cwd()}). Check the pattern.")
         else:
             matches = [text]
         for match in matches:
             refuse_overwriting(match, output)
-        paths |= {match if match.startswith("wandb:") else str(Path(match).resolve()): match for match in matches}
+        paths |= {match if match.startswith("wandb:") else os.path.realpath(match): match for match in matches}
     if not paths:
         raise RecipeError("no ingredients given. Name checkpoint files, run folders or a pattern.")
     labels = iter(_labels([str(path) for path in paths.values() if not isinstance(path, Ingredient)]))
@@ -161,8 +172,21 @@ def _is_earlier_soup(path: str, output: str | os.PathLike | None) -> bool:
     return _same_file(path, output) and open_checkpoint(path).provenance is not None
 
 
+def _without_soups(matches: Sequence[str], pattern: str) -> list[str]:
+    """Leave soups that lie among checkpoints, such as ModelSoup's own, out of what a pattern matches, and say so."""
+    soups = [match for match in matches if Path(match).is_file() and open_checkpoint(match).provenance is not None]
+    if not soups or len(soups) == len(matches):
+        return list(matches)
+    warnings.warn(
+        f"{pattern}: left out {', '.join(soups[:4])}{' …' if len(soups) > 4 else ''}, which are soups themselves. "
+        "Name them to cook with them.",
+        stacklevel=3,
+    )
+    return [match for match in matches if match not in soups]
+
+
 def _same_file(path: str | os.PathLike, other: str | os.PathLike | None) -> bool:
-    return other is not None and Path(path).expanduser().resolve() == Path(other).expanduser().resolve()
+    return other is not None and os.path.realpath(user_path(path)) == os.path.realpath(user_path(other))
 
 
 def _natural(text: str) -> list[Any]:

@@ -58,7 +58,7 @@ class InterpolatedSoup(Recipe):
             raise RecipeError(
                 "InterpolatedSoup: alphas is empty and alpha is not given; there is nothing to choose from."
             )
-        found, notes = check_ingredients(ingredients, self.common_start)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
         fine_tuned: Coefficients = (1.0,)
         accumulate: Literal["float32", "float64"] = "float32"
         if len(found) > 2:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_soup import __version__
 from lightning_soup.errors import RecipeError
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.ingredient import refuse_overwriting
-from lightning_soup.recipes.recipe import Soup, write_combination
+from lightning_soup.recipes.recipe import Soup, with_statistics
+from lightning_soup.weights.save import save_combination
 from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
 if TYPE_CHECKING:
@@ -46,8 +48,13 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
             for trial in soup.history
         ],
         "notes": list(soup.notes),
+        **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
+
+
+def _describe_statistics(statistics: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {"tensors": sorted(statistics), "digest": open_checkpoint(statistics).digest()}
 
 
 def _describe(ingredient: "Ingredient", folder: Path) -> dict[str, Any]:
@@ -61,6 +68,8 @@ def _describe(ingredient: "Ingredient", folder: Path) -> dict[str, Any]:
         "metrics": {name: float(value) for name, value in ingredient.metrics.items()},
         "hparams": {name: value for name, value in ingredient.hparams.items() if _is_plain(value)},
     }
+    if opened.left_out:
+        found["left_out"] = list(opened.left_out)
     if source.startswith("wandb:"):
         found["artifact"] = source
     return found
@@ -76,6 +85,9 @@ def _is_plain(value: object) -> bool:
 
 def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, progress: Progress = silent) -> Path:
     """Cook a soup again from its provenance, and check that it is the same.
+
+    BatchNorm statistics that were estimated on training data cannot be cooked from the ingredients: they are copied
+    from the soup, if they are still those of its record, and a warning says so.
 
     Args:
         path: A soup that lightning_soup saved.
@@ -112,13 +124,14 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
         for item, file in zip(record["ingredients"], opened, strict=True):
             item["source"] = os.path.relpath(file.path.resolve(), target.parent.resolve()) if file.path else None
-    write_combination(
-        opened,
-        record["coefficients"],
+    sources, coefficients = with_statistics(opened, record["coefficients"], _recorded_statistics(original, record))
+    save_combination(
+        sources,
+        coefficients,
         target,
+        like=like,
         provenance=record,
         accumulate=record["accumulate"],
-        like=like,
         progress=progress,
     )
     if open_checkpoint(target).digest() != original.digest():
@@ -130,6 +143,27 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     return target
 
 
+def _recorded_statistics(original: WeightsFile, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The BatchNorm statistics that the soup holds and its ingredients cannot give."""
+    told = record.get("statistics")
+    if not told:
+        return {}
+    missing = [name for name in told["tensors"] if name not in original]
+    found = {name: original[name].clone() for name in told["tensors"] if name in original}
+    if missing or open_checkpoint(found).digest() != told["digest"]:
+        raise RecipeError(
+            f"{original.path}: cannot be recooked. Its BatchNorm statistics were estimated on training data after "
+            "cooking, and they have been changed since, so they cannot be had from this file or from the ingredients. "
+            "Cook the soup anew with its recipe and the training data."
+        )
+    warnings.warn(
+        f"{original.path}: its BatchNorm statistics ({len(found)} tensors) were estimated on training data after "
+        "cooking. They are copied from it, not cooked again; all other tensors are.",
+        stacklevel=3,
+    )
+    return found
+
+
 def _unchanged(item: Mapping[str, Any], folder: Path) -> WeightsFile:
     source = item.get("artifact") or (item["source"] and folder / item["source"])
     if not source:
@@ -137,6 +171,8 @@ def _unchanged(item: Mapping[str, Any], folder: Path) -> WeightsFile:
     if isinstance(source, Path) and not source.exists():
         raise RecipeError(f"{item['label']}: {source} does not exist any more.")
     opened = open_checkpoint(source)
+    left_out = set(item.get("left_out", ()))
+    opened = opened.without(tuple(left_out & set(opened)))
     opened.label = item["label"]
     if opened.digest() != item["digest"]:
         raise RecipeError(

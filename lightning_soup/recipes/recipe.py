@@ -1,13 +1,12 @@
 """Recipes choose coefficients; a soup is what they chose, with the record of how."""
 
 import copy
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,10 @@ from lightning_soup.evaluation.evaluator import Evaluator
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart
 from lightning_soup.recipes.ingredient import Ingredient
+from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
-from lightning_soup.weights.save import save_weights
-from lightning_soup.weights.weights_file import PROVENANCE_KEY, Source, WeightsFile, open_checkpoint
+from lightning_soup.weights.save import save_combination
+from lightning_soup.weights.weights_file import Source, WeightsFile, metric_prefixes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,6 +121,8 @@ class Soup:
         history: What was tried, in order.
         notes: What the user should know: duplicates, independently initialised heads, …
         accumulate: Type of the kernel's accumulator.
+        statistics: BatchNorm statistics that were estimated anew, which take the place of the combined ones; see
+            :meth:`recalibrated`.
     """
 
     recipe: str
@@ -132,10 +134,14 @@ class Soup:
     history: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
     accumulate: Literal["float32", "float64"] = "float32"
+    statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
-        result = combine(self._sources, self.coefficients, out, accumulate=self.accumulate)
+        sources, coefficients = self._terms()
+        if isinstance(out, nn.Module):  # it knows what in the files is no weight
+            sources = [source.without(metric_prefixes(out)) for source in sources]
+        result = combine(sources, coefficients, out, accumulate=self.accumulate)
         assert isinstance(result, dict)
         return result
 
@@ -143,8 +149,43 @@ class Soup:
         """This soup with the evaluator's score, metric and mode; unchanged where there is no evaluator."""
         if evaluator is None:
             return self
-        weights = combine(self._sources, self.coefficients, evaluator.slot(), accumulate=self.accumulate)
-        return replace(self, score=evaluator.score(weights), metric=evaluator.metric, mode=evaluator.mode)
+        score = evaluator.score(self.weights(evaluator.slot()))
+        return replace(self, score=score, metric=evaluator.metric, mode=evaluator.mode)
+
+    def recalibrated(self, evaluator: Evaluator) -> "Soup":
+        """This soup with BatchNorm statistics that are estimated anew on training data, and its score with them.
+
+        The average of the ingredients' statistics is not what the averaged weights produce. Whether new statistics are
+        better depends on the model and the data: the history holds the score before and after.
+
+        Args:
+            evaluator: Has the training data; see :meth:`.Evaluator.recalibrate`.
+
+        Raises:
+            RecipeError: There is no BatchNorm, or its statistics are the same in all ingredients: they were frozen in
+                fine-tuning, and new ones would undo what the weights were trained with.
+        """
+        before = self if self.score is not None else self.rated(evaluator)
+        found = evaluator.recalibrate(self.weights(evaluator.slot()))
+        specs = self._sources[0].specs
+        statistics = {name: value.to("cpu", specs[name].dtype, copy=True) for name, value in found.items()}
+        floating = [name for name, value in statistics.items() if value.is_floating_point()]
+        if not floating:
+            raise RecipeError(
+                "there is no BatchNorm layer with running statistics in this model, so nothing can be recalibrated. "
+                "Cook without recalibration."
+            )
+        if all(torch.equal(s[name], self._sources[0][name]) for s in self._sources[1:] for name in floating):
+            raise RecipeError(
+                f"the BatchNorm statistics ({floating[0]}, …) are the same in all ingredients: they were frozen in "
+                "fine-tuning, and the weights fit only them. Cook without recalibration."
+            )
+        after = replace(self, statistics=statistics).rated(evaluator)
+        values = {"before": before.score, "after": after.score}
+        reason = f"{after.metric} {before.natural_score:.4f} → {after.natural_score:.4f}"
+        trial = Trial("BatchNorm recalibrated", after.score, None, reason, values)
+        note = "the BatchNorm statistics were estimated anew on training data; recooking copies them from the soup."
+        return replace(after, history=(*self.history, trial), notes=(*self.notes, note))
 
     def apply_to(self, module: nn.Module) -> None:
         """Write the combined weights into a module, in place."""
@@ -169,14 +210,15 @@ class Soup:
         """
         from lightning_soup.recipes.provenance import provenance_of
 
-        path = Path(path).expanduser()
-        return write_combination(
-            self._sources,
-            self.coefficients,
+        path = user_path(path)
+        sources, coefficients = self._terms()
+        return save_combination(
+            sources,
+            coefficients,
             path,
+            like=like or self._sources[0],
             provenance=provenance_of(self, path.parent),
             accumulate=self.accumulate,
-            like=like,
             progress=progress,
         )
 
@@ -217,22 +259,16 @@ class Soup:
     def _sources(self) -> list[WeightsFile]:
         return [ingredient.weights for ingredient in self.ingredients]
 
+    def _terms(self) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
+        return with_statistics(self._sources, self.coefficients, self.statistics)
 
-def write_combination(
-    checkpoints: Sequence[WeightsFile],
-    coefficients: Sequence[float] | Mapping[str, Sequence[float]],
-    path: str | os.PathLike,
-    *,
-    provenance: Mapping[str, Any],
-    accumulate: Literal["float32", "float64"] = "float32",
-    like: Source | WeightsFile | None = None,
-    progress: Progress = silent,
-) -> Path:
-    """Combine checkpoints into a file of any format; a torch file takes the shape of ``like`` or the first one."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        stamp = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}
-        combine(checkpoints, coefficients, path, accumulate=accumulate, metadata=stamp, progress=progress)
-        return path
-    weights = combine(checkpoints, coefficients, accumulate=accumulate, progress=progress)
-    return save_weights(weights, path, like=open_checkpoint(like or checkpoints[0]), provenance=provenance)
+
+def with_statistics(
+    sources: Sequence[WeightsFile], coefficients: Row | dict[str, Row], statistics: Mapping[str, Tensor]
+) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
+    """Checkpoints and coefficients whose combination holds ``statistics`` bit by bit."""
+    if not statistics:
+        return list(sources), coefficients
+    alone = dict.fromkeys(statistics, (1.0,) + (0.0,) * (len(sources) - 1))  # one ingredient alone is copied exactly
+    rest = coefficients if isinstance(coefficients, dict) else {"*": coefficients}
+    return [sources[0].replaced(statistics), *sources[1:]], {**rest, **alone}

@@ -41,7 +41,7 @@ class UniformSoup(Recipe):
         progress: Progress = silent,
     ) -> Soup:
         """Average the ingredients; see :meth:`.Recipe.cook`. With an evaluator, the soup is scored once."""
-        found, notes = check_ingredients(ingredients, self.common_start)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
         coefficients = self._coefficients(len(found))
         return Soup(str(self), found, coefficients, notes=notes).rated(evaluator)
 

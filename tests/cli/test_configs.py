@@ -11,6 +11,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = {
     "image_classifier.yaml": ["fit"],
     "torchvision.yaml": ["fit"],
+    "model_soup_clip.yaml": ["fit"],
     "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }
@@ -36,4 +37,5 @@ def test_sweep_file_is_taken():
 
 
 def test_none_is_left_out():
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*COMMANDS, "model_soups_sweep.yaml"}
+    sweeps = {"model_soups_sweep.yaml", "model_soup_clip_sweep.yaml"}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*COMMANDS, *sweeps}

@@ -94,3 +94,15 @@ def test_a_soup_among_the_ingredients_is_noted(tmp_path):
     path = UniformSoup().cook([start, fine_tuned(start, 1)]).save(tmp_path / "soup.safetensors")
     with pytest.warns(UserWarning, match=r"soup\.safetensors is itself a soup \(UniformSoup\)"):
         check_ingredients([start, path])
+
+
+def test_matrices_that_are_all_zero_have_no_angle():
+    start = torch.randn(16, 16)
+    weights = [
+        {"a": start + 0.01 * torch.randn(16, 16), **{f"zero{n}": torch.zeros(16, 16) for n in range(3)}}
+        for _ in range(2)
+    ]
+    assert check_ingredients(weights)[1] == ()
+    assert check_ingredients([weights[0], {**weights[1], "zero1": torch.randn(16, 16)}])[1] == ()
+    with pytest.raises(RecipeError, match="no common start"):
+        check_ingredients([weights[0], {**weights[1], "a": torch.randn(16, 16)}])

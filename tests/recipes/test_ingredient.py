@@ -111,3 +111,24 @@ def test_metadata_of_other_programs_is_passed_over(tmp_path, foreign):
     found = Ingredient.from_path(tmp_path / "a.ckpt")
     assert found.hparams == (foreign if isinstance(foreign, dict) else {})
     assert found.metrics == {}
+
+
+def test_soups_among_checkpoints_are_left_out_of_a_pattern_and_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        save_weights({"w": torch.ones(2)}, tmp_path / name)
+    for name in ("soup-v1.pt", "soup-v2.pt"):
+        save_weights({"w": torch.ones(2)}, tmp_path / name, provenance={"recipe": "x"})
+    with pytest.warns(UserWarning, match=r"\*\.pt: left out soup-v1\.pt, soup-v2\.pt, which are soups themselves"):
+        found = gather_ingredients("*.pt")
+    assert [item.name for item in found] == ["a", "b"]
+    assert len(gather_ingredients("soup-*.pt")) == 2  # nothing else there: they are meant
+    assert len(gather_ingredients(["a.pt", "soup-v1.pt"])) == 2
+
+
+def test_paths_that_the_system_cannot_resolve(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("loop", "~x.pt"):
+        with pytest.raises(UnreadableCheckpoint, match="no such file"):
+            gather_ingredients([name], output="~y.pt")

@@ -1,0 +1,141 @@
+"""Building open_clip models and their tokenizers, by name or from a JSON architecture."""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_soup.errors import UnsupportedSetup
+
+__all__ = ["FORMER_TENSORS", "build_clip", "clip_tokenizer", "read_model_config"]
+
+_NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
+
+FORMER_TENSORS = (
+    *("attn_mask", "text.attn_mask"),  # the causal mask, which models make themselves now
+    *("input_resolution", "context_length", "vocab_size"),  # in the archives of CLIP's authors
+    "text.transformer.embeddings.position_ids",
+)
+"""Tensors in older files that the models do not hold any more."""
+
+
+def read_model_config(model_name: str, model_config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The architecture as open_clip's JSON files write it.
+
+    Args:
+        model_name: A name of open_clip, or ``hf-hub:owner/name``, ``local-dir:folder``.
+        model_config: An architecture instead: a mapping, or a JSON file.
+
+    Raises:
+        UnsupportedSetup: An unknown name, a file that is no JSON, or an architecture that lacks a part.
+    """
+    if model_config is None:
+        return _named_config(model_name)
+    place = "model_config"
+    if isinstance(model_config, str):
+        place = model_config
+        try:
+            model_config = json.loads(Path(model_config).expanduser().read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UnsupportedSetup(
+                f"model_config={place!r} cannot be read: {error.strerror}. Expected a JSON file."
+            ) from error
+        except ValueError as error:
+            raise UnsupportedSetup(f"model_config={place!r} is not JSON: {error}.") from error
+    if isinstance(model_config, Mapping):
+        model_config = model_config.get("model_cfg", model_config)  # open_clip_config.json has it one level deeper
+    if not isinstance(model_config, Mapping) or any(part not in model_config for part in _NEEDED):
+        given = ", ".join(model_config) if isinstance(model_config, Mapping) else type(model_config).__name__
+        raise UnsupportedSetup(
+            f"{place}: expected an architecture with {', '.join(_NEEDED)}; got {given or 'nothing'}. For example "
+            "{embed_dim: 64, vision_cfg: {layers: 4, width: 64, head_width: 16, patch_size: 7, image_size: 28}, "
+            "text_cfg: {context_length: 16, width: 64, heads: 4, layers: 2}}."
+        )
+    return deepcopy(dict(model_config))
+
+
+def _named_config(model_name: str) -> dict[str, Any]:
+    import open_clip
+
+    try:
+        config = open_clip.get_model_config(model_name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UnsupportedSetup(f"model_name={model_name!r}: open_clip cannot find it: {error}") from error
+    if config is None:
+        known = open_clip.list_models()
+        close = difflib.get_close_matches(model_name, known, n=5, cutoff=0.4)
+        hint = f"Closest names: {', '.join(close)}." if close else "open_clip.list_models() prints all names."
+        raise UnsupportedSetup(f"model_name={model_name!r}: open_clip has no model of this name. {hint}")
+    return config
+
+
+def build_clip(config: Mapping[str, Any], model_name: str | None = None, pretrained: str | None = None) -> nn.Module:
+    """Build a model.
+
+    Args:
+        config: Its architecture, from :func:`read_model_config`.
+        model_name: Its name, where its weights are open_clip's: those of ``pretrained``, or those that the hub or
+            folder of the name holds. None: random weights.
+        pretrained: A tag of open_clip; downloaded once.
+
+    Raises:
+        UnsupportedSetup: open_clip has no such weights, cannot get them, or cannot build the architecture.
+    """
+    import open_clip
+
+    if model_name is not None and (pretrained or ":" in model_name):
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        if pretrained and pretrained not in tags:
+            raise UnsupportedSetup(
+                f"pretrained={pretrained!r}: open_clip has no such weights of {model_name}. It has: "
+                f"{', '.join(tags) or 'none'}. A file of your own goes to checkpoint_path."
+            )
+        try:
+            return open_clip.create_model(model_name, pretrained=pretrained)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UnsupportedSetup(
+                f"open_clip could not load {model_name} (pretrained={pretrained}): {error}. Without a network, give "
+                "checkpoint_path, a file of the weights."
+            ) from error
+    arguments = deepcopy(dict(config))
+    custom = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
+    kind = open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError, ZeroDivisionError, ImportError) as error:
+        raise UnsupportedSetup(
+            f"open_clip could not build this architecture: {str(error).rstrip('.')}. Given: {json.dumps(config)}"
+        ) from error
+
+
+def clip_tokenizer(config: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an architecture: texts to tokens ``[M, context_length]``; longer texts are cut.
+
+    Raises:
+        UnsupportedSetup: The text tower has fewer tokens than the tokenizer, or that cannot be loaded.
+    """
+    import open_clip
+
+    text, defaults = config["text_cfg"], open_clip.CLIPTextCfg()
+    length = text.get("context_length", defaults.context_length)
+    if name := text.get("hf_tokenizer_name"):
+        options = {"tokenizer_mode": text.get("tokenizer_mode"), **(text.get("tokenizer_kwargs") or {})}
+        try:
+            return open_clip.tokenizer.HFTokenizer(name, context_length=length, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise UnsupportedSetup(
+                f"The tokenizer {name!r} (text_cfg.hf_tokenizer_name) cannot be loaded: {error}. It needs "
+                "transformers, and a folder with its files or a network."
+            ) from error
+    needed = defaults.vocab_size
+    if text.get("vocab_size", needed) < needed:
+        raise UnsupportedSetup(
+            f"text_cfg.vocab_size={text['vocab_size']}: open_clip's tokenizer makes {needed} different tokens. "
+            "Leave vocab_size out, or name another tokenizer in text_cfg.hf_tokenizer_name."
+        )
+    return partial(open_clip.tokenize, context_length=length)
