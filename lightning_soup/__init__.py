@@ -9,11 +9,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "lightning_soup.callbacks": ("ModelSoup",),
+    "lightning_soup.callbacks": (
+        "EqualAverage",
+        "ExponentialAverage",
+        "LatestAverage",
+        "LiveAverage",
+        "ModelSoup",
+        "WeightEnsemble",
+    ),
     "lightning_soup.cli": ("SoupTrainer",),
     "lightning_soup.data": ("HandwritingDataModule", "ImageFolderDataModule", "TorchvisionDataModule"),
     "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "Robustness", "paired_bootstrap"),
-    "lightning_soup.modules": ("CLIPClassifier", "ImageClassifier"),
+    "lightning_soup.modules": ("CLIPClassifier", "ImageClassifier", "ZSCL"),
     "lightning_soup.recipes": (
         "GreedySoup",
         "Ingredient",

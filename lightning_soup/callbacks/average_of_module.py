@@ -138,20 +138,21 @@ class AverageOfModule:
         """Whether the average was made from this module."""
         return self.module() is module
 
-    def place(self, trainer: Trainer, statistics: bool = False, briefly: bool = False) -> None:
+    def place(self, trainer: Trainer, statistics: bool = False, briefly: bool = False, check: bool = True) -> None:
         """Put the average into the module, until :meth:`put_back`.
 
         Args:
             trainer: The Trainer.
             statistics: Estimate BatchNorm statistics anew, with ``buffers="recalibrate"``.
             briefly: Nothing is computed before it is put back.
+            check: Look for NaN first.
         """
         reshard(self.module())
         placed: list[Group] = []
         try:
             for group in self.ready:
                 group.follow(self.module())
-                group.place(self._exchange, briefly)
+                group.place(self._exchange, briefly, check)
                 placed.append(group)
             if self.rule.buffers == "recalibrate":
                 batches = self.rule.recalibrate_batches if statistics else 0

@@ -119,7 +119,7 @@ class Group:
             self.slots.append(slot)
 
     @torch.no_grad()
-    def place(self, exchange: bool, briefly: bool = False) -> None:
+    def place(self, exchange: bool, briefly: bool = False, check: bool = True) -> None:
         """Put the average into the module.
 
         Storage is exchanged where that is safe, which takes microseconds and no memory; else values are copied and the
@@ -128,13 +128,15 @@ class Group:
         Args:
             exchange: Whether storage may be exchanged at all.
             briefly: Nothing is computed before :meth:`put_back`, so others may hold the live storage.
+            check: Look for NaN first, which takes a pass over the average.
 
         Raises:
             NonFiniteWeights: The average has a NaN or an infinite value.
         """
         self.shadow.settle()
         averages = self.shadow.tensors
-        self._check_finite(averages)
+        if check:
+            self._check_finite(averages)
         memory = [slot.local.data_ptr() for slot in self.slots]
         alone = Counter(memory)
         with torch.inference_mode(False):  # a tensor made in inference mode could never be updated again

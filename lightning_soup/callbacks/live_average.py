@@ -1,5 +1,6 @@
 """LiveAverage: the base of averages that are kept up to date while training, whatever their rule."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -206,16 +207,17 @@ class LiveAverage(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how far the average has come, and put it into the module."""
-        average = self._average
+        average, distance = self._average, math.nan
         if average and average.samples > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
             average.share_buffers(trainer)
+            distance = average.relative_distance()
             values = {
                 "samples": float(average.samples),
                 "effective_window": average.effective_window(),
-                "relative_distance": average.relative_distance(),
+                "relative_distance": distance,
             }
             self.log_dict({f"{self.name}/{key}": value for key, value in values.items()}, sync_dist=True)
-        self._enter(trainer, pl_module, "validate")
+        self._enter(trainer, pl_module, "validate", check=not math.isfinite(distance))  # NaN would show in it
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its live weights back, before any checkpoint is written."""
@@ -248,7 +250,7 @@ class LiveAverage(Callback):
         """Checkpoint callbacks may save now: the module gets its live weights back first."""
         self._exit()
 
-    def _enter(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+    def _enter(self, trainer: Trainer, module: LightningModule, stage: Stage, check: bool = True) -> None:
         average = self._average
         if average is None or stage not in self.evaluate_on or average.samples <= 0 or not average.is_of(module):
             return
@@ -258,7 +260,7 @@ class LiveAverage(Callback):
             rank_zero_warn(f"{self.name}: the module was changed after its fit, so the average is not used any more.")
             self._average = None
             return
-        average.place(trainer, statistics=trainer.state.fn == "fit")
+        average.place(trainer, statistics=trainer.state.fn == "fit", check=check)
 
     def _exit(self) -> None:
         if self._average is not None and not self._average.left:

@@ -13,6 +13,7 @@ COMMANDS = {
     "torchvision.yaml": ["fit"],
     "model_soup_clip.yaml": ["fit"],
     "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
+    "weight_ensemble.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }
 
