@@ -1,6 +1,7 @@
 """What every test runs under: one thread, a fixed seed, no network, and no traces of other tests."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "disabled"
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _same_ground() -> None:
+def _same_ground() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    folder = os.getcwd()
+    before = set(os.listdir(folder))
+    yield
+    left = set(os.listdir(folder)) - before - {".pytest_cache", ".hypothesis"}
+    assert not left, f"the test left {', '.join(sorted(left))} in {folder}: write to tmp_path"

@@ -1,5 +1,6 @@
 """What the classifiers have in common: steps, losses, accuracies by name, AdamW with warm-up and cosine."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ __all__ = ["Batch", "ClassificationModule"]
 Batch = tuple[Tensor, Tensor]
 
 
-class ClassificationModule(LightningModule):
+class ClassificationModule(LightningModule, ABC):
     """Base of the classifiers: a subclass says what its logits are.
 
     Logs ``train_loss``, ``val_loss``, ``val_acc``, ``test_loss`` and ``test_acc``; further test sets as
@@ -35,9 +36,9 @@ class ClassificationModule(LightningModule):
         super().__init__()
         self.accuracies = nn.ModuleDict({"val": nn.ModuleList(), "test": nn.ModuleList()})
 
+    @abstractmethod
     def trained_part(self) -> nn.Module:
         """The module whose parameters are optimized; it may name those without decay (``no_weight_decay()``)."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------- training
 

@@ -208,10 +208,10 @@ def test_distillation_and_consolidation_hold_it_back(teacher):
 def test_resuming_is_bit_exact(teacher, tmp_path, options, step):
     def train(path=None, **trainer_options):
         model = tiny_zscl(0, teacher=teacher, **options)
-        trainer = quiet_trainer(max_epochs=3, callbacks=[WeightEnsemble(every=2)], **trainer_options)
+        callbacks = [WeightEnsemble(every=2)]
         if path is None:
-            keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-            trainer.callbacks.append(keep)
+            callbacks.append(ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
+        trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, **trainer_options)
         trainer.fit(model, datamodule=InOrder(), ckpt_path=path)
         return model
 

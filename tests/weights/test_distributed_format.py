@@ -1,8 +1,6 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from lightning_soup.weights.save import save_combination
 from lightning_soup.weights.stored_tensor import PiecewiseTensor, Scratch
 from tests.helpers.boring import TinyClassifier
 from tests.helpers.distributed import grid, save, write_shards
+from tests.helpers.memory import extra_memory
 from tests.helpers.two_ranks import run_on_two_ranks
 from tests.helpers.weights import assert_same, every_layout, every_type
 
@@ -124,22 +123,7 @@ def test_no_tensor_is_held_in_memory(tmp_path, cuts):
     for i in range(2):
         tensor = torch.full((size // 8192, 2048), float(i))
         folder_of(tmp_path / str(i), {"w": (tensor, grid(tensor.shape, cuts))})
-    program = """
-import torch
-from lightning_soup.weights.save import save_combination
-def memory():
-    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
-save_combination([{"w": torch.ones(9)}], [1.0], "warm.safetensors")
-before, peak = memory(), []
-def progress(items, description, total):
-    for item in items:
-        peak.append(memory())
-        yield item
-save_combination(["0", "1"], [0.5, 0.5], "soup.safetensors", progress=progress)
-print(max(peak) - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < size / 4
+    assert extra_memory(tmp_path, ["0", "1"], "soup.safetensors") < size / 4
     assert open_checkpoint(tmp_path / "soup.safetensors")["w"].unique().tolist() == [0.5]
 
 

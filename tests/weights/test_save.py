@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from lightning_soup.errors import IncompatibleIngredients, UnwritableOutput
 from lightning_soup.weights import combine, open_checkpoint, save_weights
 from lightning_soup.weights.save import check_output, save_combination
 from tests.helpers.boring import TinyClassifier, TinyData
+from tests.helpers.memory import extra_memory
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.weights import assert_same, every_layout, every_type
 
@@ -48,22 +47,7 @@ def test_no_model_is_held_in_memory(tmp_path, suffix):
     size = 64 << 20
     for i in range(2):
         save_weights({f"w{n}": torch.full((size // 16,), float(i)) for n in range(4)}, tmp_path / f"{i}.pt")
-    program = f"""
-import torch
-from lightning_soup.weights.save import save_combination
-def memory():
-    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
-save_combination([{{"w": torch.ones(9)}}], [1.0], "warm{suffix}")
-before, peak = memory(), []
-def progress(items, description, total):
-    for item in items:
-        peak.append(memory())
-        yield item
-save_combination(["0.pt", "1.pt"], [0.5, 0.5], "soup{suffix}", progress=progress)
-print(max(peak) - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < size / 4
+    assert extra_memory(tmp_path, ["0.pt", "1.pt"], f"soup{suffix}") < size / 4
     assert open_checkpoint(tmp_path / f"soup{suffix}")["w3"].unique().tolist() == [0.5]
 
 
