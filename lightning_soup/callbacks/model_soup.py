@@ -8,17 +8,24 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_soup.callbacks.model_soup_checks import (
+    WatchedMetric,
+    check_kept_files,
+    check_strategy,
+    check_training_ends,
+    check_writable_on_rank_zero,
+    checkpoint_callback,
+)
 from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
-from lightning_soup.progress import rich_progress, silent
+from lightning_soup.progress import Progress, rich_progress, silent
 from lightning_soup.recipes import Ingredient, InterpolatedSoup, Recipe, Soup, UniformSoup
+from lightning_soup.recipes.ingredient import saves_between_validations
 from lightning_soup.runs.tracking import log_soup
+from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.weights_file import module_tensors
 
 
@@ -43,6 +50,8 @@ class ModelSoup(Callback):
         leave: What the module holds afterwards: ``"soup"``, or the ``"live"`` weights that training ended with.
         dirpath: Folder of the soup; that of the checkpoints by default.
         filename: Name of the soup's file. A ``.ckpt`` is loadable by ``load_from_checkpoint``.
+        recalibrate: Estimate BatchNorm statistics anew for the soup, in one pass over the training data after the
+            coefficients are chosen; see :meth:`.Soup.recalibrated`. Its history tells the score before and after.
 
     Attributes:
         soup: The :class:`.Soup`, once the fit has ended.
@@ -50,7 +59,8 @@ class ModelSoup(Callback):
 
     Raises:
         UnsupportedSetup: Before training: nothing would be kept to soup, there is no metric for a recipe that needs
-            one, or the strategy shards parameters.
+            one, or the strategy shards parameters. At the end of the first validation: it does not log that metric.
+        UnwritableOutput: Before training: the soup could not be written to its folder.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class ModelSoup(Callback):
         leave: Literal["soup", "live"] = "soup",
         dirpath: str | None = None,
         filename: str = "soup.ckpt",
+        recalibrate: bool = False,
     ) -> None:
         if last is not None and last < 2:
             raise UnsupportedSetup(f"ModelSoup(last={last}): a soup needs at least the last 2 epochs.")
@@ -73,12 +84,13 @@ class ModelSoup(Callback):
             )
         self.recipe = recipe or UniformSoup()
         self.last, self.monitor, self.mode, self.leave = last, monitor, mode, leave
-        self.dirpath, self.filename = dirpath, filename
+        self.dirpath, self.filename, self.recalibrate = dirpath, filename, recalibrate
         self.soup: Soup | None = None
         self.soup_path: Path | None = None
         self._epochs: list[str] = []
         self._start: str | None = None
         self._earlier: set[str] = set()
+        self._watched = WatchedMetric()
 
     @property
     def state_key(self) -> str:
@@ -91,41 +103,28 @@ class ModelSoup(Callback):
         """Refuse what cannot work before any training."""
         if stage != "fit" or trainer.fast_dev_run:
             return
-        plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not plain or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a DDPStrategy
-            raise UnsupportedSetup(
-                f"ModelSoup does not work with {type(trainer.strategy).__name__}: its checkpoints are sharded. Use one "
-                "device or DDP, or soup the checkpoints after training."
-            )
+        check_strategy(trainer)
         if self.last is None:
-            self._check_checkpoint_callback(trainer)
-        validates = is_overridden("validation_step", pl_module) and trainer.limit_val_batches != 0
-        if self.recipe.needs_evaluator and not (self._metric(trainer)[0] and validates):
+            check_kept_files(trainer)
+        if self._purpose() and not (self._metric(trainer)[0] and trainer.enable_validation):
             raise UnsupportedSetup(
-                f"{type(self.recipe).__name__} chooses by a validation metric. Give ModelSoup(monitor='val_acc', …) or "
-                "a ModelCheckpoint with monitor, and validation data; or use UniformSoup."
+                f"{self._purpose()}. Give ModelSoup(monitor='val_acc', …) or a ModelCheckpoint with monitor, and "
+                "validation data; or use UniformSoup without recalibrate."
             )
 
-    def _check_checkpoint_callback(self, trainer: Trainer) -> None:
-        kept = _checkpoint_callback(trainer)
-        if kept is None:
-            raise UnsupportedSetup(
-                "ModelSoup needs checkpoints to soup. Add ModelCheckpoint(monitor='val_acc', mode='max', save_top_k=5)"
-                ", or pass ModelSoup(last=5) to soup the last 5 epochs."
-            )
-        if kept.save_top_k in (0, 1):
-            raise UnsupportedSetup(
-                f"ModelSoup needs at least two checkpoints, but ModelCheckpoint keeps {kept.save_top_k} (save_top_k). "
-                "Set save_top_k=5, or pass ModelSoup(last=5)."
-            )
-        if kept.monitor is None:
-            raise UnsupportedSetup(
-                "ModelSoup: a ModelCheckpoint without monitor keeps no list of its files. Set monitor, or pass "
-                "ModelSoup(last=5)."
-            )
+    @property
+    def _chooser(self) -> Recipe:
+        """The recipe that chooses among the checkpoints of the fit."""
+        return self.recipe.soup if isinstance(self.recipe, InterpolatedSoup) else self.recipe
+
+    def _purpose(self) -> str:
+        """What the score of a candidate is needed for; empty where it is no more than a report."""
+        if self._chooser.needs_evaluator:
+            return f"{type(self._chooser).__name__} chooses by a validation metric"
+        return "recalibrate=True tells the score before and after, by a validation metric" if self.recalibrate else ""
 
     def _metric(self, trainer: Trainer) -> tuple[str | None, Literal["min", "max"]]:
-        kept = _checkpoint_callback(trainer)
+        kept = checkpoint_callback(trainer)
         if self.monitor is not None:
             told = kept.mode if kept and kept.monitor == self.monitor else direction(self.monitor)
             return self.monitor, self.mode or told
@@ -136,11 +135,13 @@ class ModelSoup(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier fit, unless this one goes on with it; keep the start where the recipe needs it."""
         self.soup, self.soup_path, self._earlier = None, None, set()
+        self._watched = WatchedMetric()
         if trainer.fast_dev_run:
             return
+        check_writable_on_rank_zero(trainer, self._folder(trainer) / self.filename)
         if trainer.ckpt_path is None:
             self._epochs, self._start = [], None
-            kept = _checkpoint_callback(trainer)
+            kept = checkpoint_callback(trainer)
             self._earlier = set(kept.best_k_models) if kept else set()
             if isinstance(self.recipe, InterpolatedSoup):
                 self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
@@ -156,13 +157,16 @@ class ModelSoup(Callback):
             rank_zero_warn(f"ModelSoup: {', '.join(gone)} of the earlier fit is gone, and will not be in the soup.")
             self._epochs = [path for path in self._epochs if path not in gone]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to recalibrate on training data that may have no end."""
+        if self.recalibrate and not trainer.fast_dev_run:
+            check_training_ends(trainer, pl_module)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say at the first validation, not after the training, that the metric is not logged."""
         metric, _ = self._metric(trainer)
-        checked = self.recipe.needs_evaluator and trainer.state.fn == "fit" and not trainer.sanity_checking
-        if checked and metric not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics))
-            raise UnsupportedSetup(f"ModelSoup: the metric {metric!r} is not logged in validation. Logged: {logged}.")
+        if metric is not None and trainer.state.fn == "fit":
+            self._watched.look(trainer, metric, self._purpose())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this epoch's weights, and drop those of the oldest."""
@@ -196,26 +200,13 @@ class ModelSoup(Callback):
             )
             return
         evaluator = None
-        if is_overridden("validation_step", pl_module) and trainer.limit_val_batches != 0 and metric is not None:
-            if self.recipe.needs_evaluator or metric in trainer.callback_metrics:
-                evaluator = FitEvaluator(trainer, pl_module, metric, mode)
-            else:
-                rank_zero_warn(f"ModelSoup: {metric!r} is not logged in validation, so the soup gets no score.")
+        if metric is not None and trainer.enable_validation and self._watched.logged is not False:
+            evaluator = FitEvaluator(trainer, pl_module, metric, mode)
         shown = rich_progress if trainer.is_global_zero and trainer.progress_bar_callback is not None else silent
         live = {name: value.detach().clone() for name, value in module_tensors(pl_module).items()}
         device, left = pl_module.device, False
         try:
-            # Checkpoints of one run have a common start, however far they have gone from it.
-            recipe = self.recipe.without_start_check()
-            try:
-                soup = recipe.cook(ingredients, evaluator, shown)
-            except RecipeError as error:
-                if self.recipe.needs_evaluator or evaluator is None:
-                    raise
-                rank_zero_warn(f"ModelSoup: the soup gets no score: {error}")
-                soup = recipe.cook(ingredients, None, shown)
-            coefficients = trainer.strategy.broadcast(soup.coefficients)  # learned ones may differ in the last bits
-            self.soup = replace(soup, recipe=str(self.recipe), coefficients=coefficients)
+            self.soup = self._cook(trainer, ingredients, evaluator, shown)
             self.soup_path = self._save(trainer, self.soup)
             if self.leave == "soup":
                 self.soup.apply_to(pl_module)
@@ -228,13 +219,40 @@ class ModelSoup(Callback):
             pl_module.to(device)
         self._report(trainer, self.soup)
 
+    def _cook(
+        self, trainer: Trainer, ingredients: list[Ingredient], evaluator: FitEvaluator | None, shown: Progress
+    ) -> Soup:
+        """The same soup on every rank."""
+        # Checkpoints of one run have a common start, however far they have gone from it.
+        recipe = self.recipe.without_start_check()
+        try:
+            soup = recipe.cook(ingredients, evaluator, shown)
+        except RecipeError as error:
+            if self._chooser.needs_evaluator or evaluator is None:
+                raise
+            rank_zero_warn(f"ModelSoup: the soup gets no score: {error}")
+            soup = recipe.cook(ingredients, None, shown)
+        coefficients = trainer.strategy.broadcast(soup.coefficients)  # learned ones may differ in the last bits
+        soup = replace(soup, recipe=str(self.recipe), coefficients=coefficients)
+        if not self.recalibrate or evaluator is None:
+            return soup
+        try:
+            soup = soup.recalibrated(evaluator)
+        except Exception as error:  # training is over: what only adjusts the soup must not cost it
+            note = f"the BatchNorm statistics were not estimated anew ({type(error).__name__}: {error})."
+            rank_zero_warn(f"ModelSoup: {note}")
+            return replace(soup, notes=(*soup.notes, note))
+        return replace(soup, statistics=trainer.strategy.broadcast(soup.statistics))
+
     def _ingredients(self, trainer: Trainer, metric: str | None) -> list[Ingredient]:
-        kept = _checkpoint_callback(trainer)
+        kept = checkpoint_callback(trainer)
         if self.last is not None:
             scores: dict[str, float] = dict.fromkeys(self._epochs, float("nan"))
         else:
             scores = {path: float(score) for path, score in kept.best_k_models.items()} if kept else {}
             scores = {path: score for path, score in scores.items() if path not in self._earlier}
+            if kept and saves_between_validations(kept.state_key):
+                scores = dict.fromkeys(scores, float("nan"))
         if self._start is not None and scores:
             scores = {self._start: float("nan"), **scores}  # θ_zs, the first ingredient of an interpolation
         scores = trainer.strategy.broadcast(scores)
@@ -268,8 +286,8 @@ class ModelSoup(Callback):
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.dirpath is not None:
-            return Path(self.dirpath)
-        kept = _checkpoint_callback(trainer)
+            return user_path(self.dirpath)
+        kept = checkpoint_callback(trainer)
         if kept is not None and kept.dirpath:
             return Path(kept.dirpath)
         return Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)) / "checkpoints"
@@ -283,11 +301,6 @@ class ModelSoup(Callback):
         log_soup(trainer.loggers, soup, self.soup_path)
         used = f"{int(values['soup_ingredients'])} of {len(soup.ingredients)} checkpoints"
         told = "" if soup.score is None else f", {soup.metric} {soup.natural_score:.4f}"
+        if soup.statistics:
+            told += f" ({soup.history[-1].label}: {soup.history[-1].reason})"
         rank_zero_info(f"{soup.recipe}: {used}{told}, in {self.soup_path}")
-
-
-def _checkpoint_callback(trainer: Trainer) -> ModelCheckpoint | None:
-    """The ModelCheckpoint that keeps several scored files, or the first one."""
-    found = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    scored = [callback for callback in found if callback.monitor is not None and callback.save_top_k not in (0, 1)]
-    return (scored or found or [None])[0]

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_soup.cli.terminal import plain
+from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.progress import rich_progress
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
 from lightning_soup.recipes import recook as cook_again
@@ -26,6 +27,7 @@ def soup(
     recipe: Recipe | None = None,
     output: str = "soup.safetensors",
     init: str | None = None,
+    recalibrate: bool = False,
 ) -> Soup:
     """Cook a soup from files, without a model: for recipes that need no evaluation.
 
@@ -36,7 +38,13 @@ def soup(
             --model and --data.
         output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient.
         init: The weights that all ingredients started from, for InterpolatedSoup (WiSE-FT).
+        recalibrate: Estimate BatchNorm statistics anew on training data. Needs --config or --model and --data.
     """
+    if recalibrate:
+        raise UnsupportedSetup(
+            "--recalibrate estimates BatchNorm statistics by passing training data through the model, and there is "
+            "neither here. Give --config, or --model and --data; or go without --recalibrate."
+        )
     check_output(output)
     recipe = recipe or UniformSoup()
     start = None if init is None else Ingredient.from_path(init)

@@ -15,6 +15,7 @@ usage: lightning-soup COMMAND [options]        (lightning-soup COMMAND --help ex
 
   soup      cook a soup from checkpoints: from files alone, or with --config/--model/--data by validation
   sweep     train one ingredient per setting of a W&B sweep file, then cook them if asked
+  continual train a list of tasks in order, and judge all tasks after each (ZSCL)
   show      what a checkpoint or soup holds, and how it was cooked
   recook    cook a soup again from its provenance
   demo      the whole way on real data: pre-train, fine-tune eight ingredients, cook, report
@@ -28,6 +29,7 @@ _COMMANDS = {
     "show": "lightning_soup.cli.files",
     "recook": "lightning_soup.cli.files",
     "sweep": "lightning_soup.cli.sweep",
+    "continual": "lightning_soup.cli.continual",
     "demo": "lightning_soup.cli.demo",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
@@ -90,7 +92,7 @@ def _run(arguments: list[str]) -> None:
         sys.stdout.write(f"lightning-soup {lightning_soup.__version__}\n")
         return
     if command == "soup":
-        rest = _one_list(rest, "--ingredients")
+        rest = _switch(_one_list(rest, "--ingredients"), "--recalibrate")
     if command == "show":
         rest = _switch(rest, "--tensors")
     if command in _COMMANDS:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.errors import LightningSoupError
 from lightning_soup.evaluation.own_loops import ctrl_c_unchanged
+from lightning_soup.recipes.ingredient import saves_between_validations
 from lightning_soup.runs.sweep_run import Trained
 
 __all__ = ["RunCLI", "flags", "train_setting"]
@@ -46,7 +47,7 @@ def train_setting(setting: Mapping[str, Any], folder: Path, seed: int, *, base: 
 
     Returns:
         The last logged metrics and the checkpoint. Where the checkpoint is not the last one, the metric that
-        ModelCheckpoint monitored is that of the checkpoint.
+        ModelCheckpoint monitored is that of the checkpoint; it is left out where files are saved between validations.
 
     Raises:
         LightningSoupError: The training saved no checkpoint.
@@ -68,7 +69,9 @@ def train_setting(setting: Mapping[str, Any], folder: Path, seed: int, *, base: 
                 "save at least once (save_top_k, every_n_epochs); without it the last weights are saved."
             )
         metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-        if checkpoint.best_model_score is not None:
+        if checkpoint.monitor is not None and saves_between_validations(checkpoint.state_key):
+            metrics.pop(checkpoint.monitor, None)  # that of these very weights is not known
+        elif checkpoint.best_model_score is not None:
             metrics[checkpoint.monitor] = float(checkpoint.best_model_score)
         return Trained(metrics, Path(path))
     finally:
@@ -90,6 +93,11 @@ class RunCLI(SoupCLI):
     def __init__(self, base: str | Path, setting: Mapping[str, Any], folder: Path, group: str, *, work: Work) -> None:
         self.folder, self.group, self.work = folder, group, work
         super().__init__(["fit", "--config", str(base), *flags(setting)], exit_on_error=False)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`: building the parsers of all would take longer than a small model's epoch."""
+        return {"fit": SoupCLI.subcommands()["fit"]}
 
     def before_instantiate_classes(self) -> None:
         """Point everything that writes files or logs into the run's own folder."""

@@ -34,6 +34,7 @@ class SoupTrainer(Trainer):
         mode: Literal["min", "max"] | None = None,
         init: str | None = None,
         beside: list[Recipe] | None = None,
+        recalibrate: bool = False,
         report: bool = True,
     ) -> Soup:
         """Cook a soup from checkpoints, save it, and report what it gains on the test data.
@@ -53,6 +54,9 @@ class SoupTrainer(Trainer):
                 errors, known by their names, and max for all else.
             init: The weights that all ingredients started from: for WiSE-FT, and for the report's curve.
             beside: Other recipes to show beside this one in the report.
+            recalibrate: Estimate BatchNorm statistics anew for each soup, in one pass over the training data after the
+                coefficients are chosen; score and report are those with the new ones. A model without BatchNorm, or
+                whose statistics are the same in all ingredients (frozen in fine-tuning), stays as it is, with a note.
             report: Measure on the test data and write the report. Costs a validation and a test pass per ingredient, a
                 test pass per soup, and with ``init`` one for each of the 11 points of the curve.
 
@@ -72,16 +76,22 @@ class SoupTrainer(Trainer):
             raise UnsupportedSetup(
                 "soup needs a data module with validation data (--data). Without, cook from files only."
             )
+        if recalibrate and not is_overridden("train_dataloader", datamodule):
+            raise UnsupportedSetup(
+                f"soup with recalibrate estimates BatchNorm statistics on training data, but "
+                f"{type(datamodule).__name__} has no train_dataloader(). Add one, or pass --recalibrate=false."
+            )
         check_output(output)
         found = gather_ingredients(ingredients, output=output)
         start = None if init is None else Ingredient.from_path(init)
         evaluator = ModuleEvaluator(model, datamodule, metric, mode, self)
         shown = silent if self.progress_bar_callback is None else rich_progress
         chosen = recipe or UniformSoup()
-        soups = cook_all([chosen, *(beside or ())], found, evaluator, start, shown)
+        soups = cook_all([chosen, *(beside or ())], found, evaluator, start, shown, recalibrate=recalibrate)
         soup = soups[str(chosen)]
         path = soup.save(output)
-        self._tell(soup.table(), f"Saved: {plain(path)}")
+        changed = [f"{trial.label}: {trial.reason}" for trial in soup.history[-1:] if soup.statistics]
+        self._tell(soup.table(), *changed, f"Saved: {plain(path)}")
         measured = None
         if report and is_overridden("test_dataloader", datamodule):
             title = f"Soup of {len(found)} ingredients"

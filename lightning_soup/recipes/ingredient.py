@@ -245,11 +245,20 @@ def _file_of_run(path: Path) -> Path:
     return inside[0]
 
 
+def saves_between_validations(state_key: str) -> bool:
+    """Whether a ModelCheckpoint saves every so many steps or minutes, by its ``state_key``.
+
+    It saves before the validation of the same step then, so the score that it notes for a file is that of earlier
+    weights, or of none.
+    """
+    return bool(re.search(r"'every_n_train_steps': [1-9]|'train_time_interval': (?!None)", state_key))
+
+
 def _monitored(opened: WeightsFile) -> dict[str, float]:
     """The score that ModelCheckpoint recorded for a file when it wrote it."""
     metrics = {}
-    for state in opened.mapping_beside("callbacks").values():
-        if not isinstance(state, dict) or not isinstance(state.get("monitor"), str):
+    for key, state in opened.mapping_beside("callbacks").items():
+        if not isinstance(state, dict) or not isinstance(state.get("monitor"), str) or saves_between_validations(key):
             continue
         kept = {Path(str(path)).name: score for path, score in state.get("best_k_models", {}).items()}
         score = kept.get(opened.path.name if opened.path else "", state.get("current_score"))

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -156,36 +157,45 @@ class Soup:
         """This soup with BatchNorm statistics that are estimated anew on training data, and its score with them.
 
         The average of the ingredients' statistics is not what the averaged weights produce. Whether new statistics are
-        better depends on the model and the data: the history holds the score before and after.
+        better depends on the model and the data: the history and a note hold the score before and after.
+
+        A soup is returned as it was, with a warning and a note, where there is nothing to estimate: the model has no
+        BatchNorm, or its statistics are the same in all ingredients. They were frozen in fine-tuning then, and new ones
+        would undo what the weights were trained with.
 
         Args:
             evaluator: Has the training data; see :meth:`.Evaluator.recalibrate`.
 
         Raises:
-            RecipeError: There is no BatchNorm, or its statistics are the same in all ingredients: they were frozen in
-                fine-tuning, and new ones would undo what the weights were trained with.
+            RecipeError: There is no training data, or the score with the new statistics is NaN.
         """
-        before = self if self.score is not None else self.rated(evaluator)
         found = evaluator.recalibrate(self.weights(evaluator.slot()))
         specs = self._sources[0].specs
         statistics = {name: value.to("cpu", specs[name].dtype, copy=True) for name, value in found.items()}
         floating = [name for name, value in statistics.items() if value.is_floating_point()]
         if not floating:
-            raise RecipeError(
-                "there is no BatchNorm layer with running statistics in this model, so nothing can be recalibrated. "
-                "Cook without recalibration."
-            )
+            return self._left_alone("the model has no BatchNorm layer with running statistics")
         if all(torch.equal(s[name], self._sources[0][name]) for s in self._sources[1:] for name in floating):
-            raise RecipeError(
-                f"the BatchNorm statistics ({floating[0]}, …) are the same in all ingredients: they were frozen in "
-                "fine-tuning, and the weights fit only them. Cook without recalibration."
+            return self._left_alone(
+                f"the BatchNorm statistics ({floating[0]}, …) are the same in all ingredients; they were frozen in "
+                "fine-tuning, and the weights fit only them"
             )
+        before = self if self.score is not None else self.rated(evaluator)
         after = replace(self, statistics=statistics).rated(evaluator)
         values = {"before": before.score, "after": after.score}
         reason = f"{after.metric} {before.natural_score:.4f} → {after.natural_score:.4f}"
-        trial = Trial("BatchNorm recalibrated", after.score, None, reason, values)
-        note = "the BatchNorm statistics were estimated anew on training data; recooking copies them from the soup."
+        # No score of its own: the recipe did not choose among such, and pictures show what it chose among.
+        trial = Trial("BatchNorm recalibrated", None, None, reason, values)
+        note = (
+            f"{self.recipe}: the BatchNorm statistics were estimated anew on training data ({reason}); recooking "
+            "copies them from the soup."
+        )
         return replace(after, history=(*self.history, trial), notes=(*self.notes, note))
+
+    def _left_alone(self, why: str) -> "Soup":
+        note = f"nothing was recalibrated: {why}."
+        warnings.warn(note, stacklevel=3)
+        return replace(self, notes=(*self.notes, note))
 
     def apply_to(self, module: nn.Module) -> None:
         """Write the combined weights into a module, in place."""

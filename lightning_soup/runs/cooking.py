@@ -8,6 +8,7 @@ from lightning_soup.evaluation.outcomes import Outcome, ensemble
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup
 from lightning_soup.recipes.interpolated import InterpolatedSoup, for_recipe, interpolate
+from lightning_soup.recipes.recipe import with_statistics
 from lightning_soup.runs.report import Entry, SoupReport
 from lightning_soup.weights.combine import combine
 
@@ -20,6 +21,8 @@ def cook_all(
     evaluator: ModuleEvaluator,
     init: Ingredient | None = None,
     progress: Progress = silent,
+    *,
+    recalibrate: bool = False,
 ) -> dict[str, Soup]:
     """Cook each recipe from the same ingredients.
 
@@ -29,14 +32,16 @@ def cook_all(
         evaluator: Judges on the selection split; each ingredient is scored once for all recipes.
         init: The weights that all ingredients started from: the first ingredient of :class:`.InterpolatedSoup`.
         progress: Shows how far it is.
+        recalibrate: Estimate the BatchNorm statistics of each soup anew; see :meth:`.Soup.recalibrated`.
 
     Returns:
         The soups by the recipe as it was called.
 
     Raises:
-        RecipeError: An interpolation without ``init``.
+        RecipeError: An interpolation without ``init``, or nothing to recalibrate on.
     """
-    return {str(recipe): recipe.cook(for_recipe(recipe, ingredients, init), evaluator, progress) for recipe in recipes}
+    soups = {str(recipe): recipe.cook(for_recipe(recipe, ingredients, init), evaluator, progress) for recipe in recipes}
+    return {label: soup.recalibrated(evaluator) for label, soup in soups.items()} if recalibrate else soups
 
 
 def measure(
@@ -91,13 +96,15 @@ def _curve(soups: Mapping[str, Soup], init: Ingredient, evaluator: ModuleEvaluat
     """Points on the line from the start to the first soup that is not itself an interpolation, or to the end of one."""
     plain = [(label, soup) for label, soup in soups.items() if soup.ingredients[0] is not init]
     for label, soup in (plain or list(soups.items()))[:1]:
-        others, fine_tuned = soup.ingredients, soup.coefficients
-        if not plain:
-            others, (start, *rest) = others[1:], soup.shares()
+        sources = [item.weights for item in soup.ingredients]
+        if plain:
+            sources, fine_tuned = with_statistics(sources, soup.coefficients, soup.statistics)
+        else:
+            sources, (start, *rest) = sources[1:], soup.shares()
             if start == 1.0:
                 return  # the start itself was chosen: where the line would go is not known
             fine_tuned = tuple(share / (1.0 - start) for share in rest)
-        sources = [init.weights, *(item.weights for item in others)]
+        sources = [init.weights, *sources]
         for alpha in ALPHAS:
             mixed = interpolate(fine_tuned, alpha)
             weights = combine(sources, mixed, evaluator.slot(), accumulate=soup.accumulate)

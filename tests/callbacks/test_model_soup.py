@@ -1,28 +1,30 @@
 import copy
 import os
+import warnings
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_soup.callbacks import ModelSoup
-from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup, UnwritableOutput
 from lightning_soup.evaluation import ModuleEvaluator
-from lightning_soup.recipes import GreedySoup, InterpolatedSoup, LearnedSoup, Recipe, UniformSoup
+from lightning_soup.recipes import GreedySoup, InterpolatedSoup, LearnedSoup, Recipe, UniformSoup, recook
 from lightning_soup.weights import combine, open_checkpoint
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
 
-def fit(tmp_path, soup, *, callbacks=(), checkpoint=None, module=None, epochs=5, ckpt_path=None, **options):
+def fit(tmp_path, soup, *, callbacks=(), checkpoint=None, module=None, data=None, epochs=5, ckpt_path=None, **options):
     torch.manual_seed(1)
     kept = checkpoint or ModelCheckpoint(tmp_path / "kept", monitor="val_acc", mode="max", save_top_k=3)
     options = {"max_epochs": epochs, "enable_checkpointing": True, "num_sanity_val_steps": 0, **options}
     trainer = quiet_trainer(callbacks=[*callbacks, kept, soup], default_root_dir=tmp_path, **options)
     module = module or TinyClassifier()
-    trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=data or TinyData(), ckpt_path=ckpt_path)
     return trainer, module, kept
 
 
@@ -229,22 +231,147 @@ def test_an_unknown_metric_is_said_at_the_first_validation(tmp_path):
 
 def test_an_unknown_metric_does_not_matter_to_a_uniform_soup(tmp_path):
     soup = ModelSoup(monitor="val_auc")
-    with pytest.warns(UserWarning, match="'val_auc' is not logged in validation, so the soup gets no score"):
+    with pytest.warns(UserWarning, match="the soup gets no score: the metric 'val_auc' is not logged in validation"):
         fit(tmp_path, soup)
     assert soup.soup.score is None
 
 
-def test_a_metric_of_training_is_no_score(tmp_path):
-    class Logging(TinyClassifier):
+class Logging(TinyClassifier):
+    """Logs its training loss, and can tell when it is trained for a second epoch."""
+
+    second_epoch = staticmethod(lambda: None)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.second_epoch()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+class OneEpoch(Logging):
+    second_epoch = staticmethod(lambda: pytest.fail("trained on after the first validation"))
+
+
+@pytest.mark.parametrize("last", [None, 2])
+def test_a_metric_of_training_is_refused_at_the_first_validation(tmp_path, last):
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="train_loss", save_top_k=3)
+    message = (
+        r"GreedySoup chooses by a validation metric, but the metric 'train_loss' is not logged in validation\. "
+        r"Logged: val_acc, val_loss\. Training logs 'train_loss', .*ModelSoup\(monitor='val_acc'\)"
+    )
+    with pytest.raises(UnsupportedSetup, match=message):
+        fit(tmp_path, ModelSoup(GreedySoup(), last=last), checkpoint=kept, module=OneEpoch())
+
+
+def test_a_metric_of_another_callback_is_refused_at_the_first_validation(tmp_path):
+    class Reporting(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.callback_metrics["other"] = torch.tensor(1.0)
+
+    with pytest.raises(UnsupportedSetup, match=r"A callback reports 'other', but callbacks are not at work"):
+        fit(tmp_path, ModelSoup(GreedySoup(), monitor="other"), callbacks=[Reporting()], module=OneEpoch())
+
+
+def test_the_sanity_check_warns_of_a_metric_that_is_not_logged(tmp_path):
+    class NoTraining(TinyClassifier):
         def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.log("train_loss", loss)
-            return loss
+            raise InterruptedError
+
+    soup = ModelSoup(GreedySoup(), monitor="val_auc")
+    message = "in the sanity check the metric 'val_auc' is not logged in validation"
+    with pytest.warns(UserWarning, match=message), pytest.raises(InterruptedError):
+        fit(tmp_path, soup, module=NoTraining(), num_sanity_val_steps=2)
+
+
+def test_a_metric_that_the_sanity_check_does_not_log_is_no_error(tmp_path):
+    class Sometimes(TinyClassifier):
+        def on_validation_epoch_end(self):
+            if not self.trainer.sanity_checking and self.current_epoch % 2 == 0:
+                self.log("val_norm", self.net[0].weight.norm())
+
+    soup = ModelSoup(GreedySoup(), monitor="val_norm", last=2)
+    with pytest.warns(UserWarning, match="in the sanity check the metric 'val_norm' is not logged"):
+        fit(tmp_path, soup, module=Sometimes(), epochs=4, num_sanity_val_steps=2)
+    assert soup.soup.metric == "val_norm"
+
+
+def test_the_metric_of_one_of_several_loaders(tmp_path):
+    class TwoLoaders(TinyData):
+        def val_dataloader(self):
+            return [super().val_dataloader(), self.test_dataloader()[1]]
+
+    class Both(TinyClassifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    kept = ModelCheckpoint(tmp_path / "kept", save_top_k=0)
+    soup = ModelSoup(GreedySoup(), last=2, monitor="val_loss/dataloader_idx_1")
+    fit(tmp_path, soup, checkpoint=kept, module=Both(), data=TwoLoaders(), epochs=2)
+    assert soup.soup.score is not None
+    refused = ModelSoup(GreedySoup(), last=2, monitor="val_loss")
+    with pytest.raises(UnsupportedSetup, match="Logged: val_loss/dataloader_idx_0, val_loss/dataloader_idx_1"):
+        fit(tmp_path, refused, checkpoint=kept, module=Both(), data=TwoLoaders(), epochs=2)
+
+
+def test_a_uniform_soup_is_told_at_the_first_validation_that_it_gets_no_score(tmp_path):
+    told = []
+
+    class Asking(Logging):
+        second_epoch = staticmethod(lambda: told.extend(str(found.message) for found in caught))
 
     kept = ModelCheckpoint(tmp_path / "kept", monitor="train_loss", save_top_k=3)
-    soup = ModelSoup(GreedySoup())
-    with pytest.raises(LightningSoupError, match="'train_loss' is not logged in validation"):
-        fit(tmp_path, soup, checkpoint=kept, module=Logging())
+    soup = ModelSoup()
+    with pytest.warns(UserWarning, match="gets no score") as caught:
+        fit(tmp_path, soup, checkpoint=kept, module=Asking())
+    assert len([message for message in told if "the soup gets no score: the metric 'train_loss'" in message]) == 1
+    assert len([found for found in caught if "gets no score" in str(found.message)]) == 1
+    assert soup.soup.score is None
+    assert soup.soup_path.exists()
+
+
+def test_a_soup_is_scored_where_no_validation_came_before(tmp_path):
+    soup = ModelSoup(last=2, monitor="val_acc")
+    saved = ModelCheckpoint(tmp_path / "kept", save_top_k=0)
+    fit(tmp_path, soup, checkpoint=saved, epochs=3, check_val_every_n_epoch=9)
+    assert soup.soup.score is not None
+
+
+class NoTraining(TinyClassifier):
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training started")
+
+    def validation_step(self, batch, batch_idx):
+        raise AssertionError("validation started")
+
+
+@pytest.mark.parametrize("whose", ["ModelCheckpoint", "ModelSoup"])
+@pytest.mark.parametrize("recipe", [UniformSoup(), InterpolatedSoup()], ids=lambda r: type(r).__name__)
+def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path, whose, recipe):
+    (tmp_path / "taken").write_text("")
+    folder = tmp_path / "taken" / "kept"
+    soup = ModelSoup(recipe, dirpath=str(folder) if whose == "ModelSoup" else None)
+    kept = ModelCheckpoint(tmp_path if whose == "ModelSoup" else folder, monitor="val_acc", mode="max", save_top_k=3)
+    with pytest.raises(UnwritableOutput, match=r"taken/kept/soup\.ckpt: cannot be written .*dirpath of ModelSoup"):
+        fit(tmp_path, soup, checkpoint=kept, module=NoTraining(), num_sanity_val_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    class Stopped(TinyClassifier):
+        def on_train_start(self):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, ModelSoup(last=2), module=Stopped())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_local_is_refused(tmp_path):
+    with pytest.raises(UnsupportedSetup, match="memory:/kept is no local folder"):
+        fit(tmp_path, ModelSoup(), checkpoint=ModelCheckpoint("memory://kept", monitor="val_acc", save_top_k=2))
 
 
 def test_wise_ft_starts_from_the_weights_before_the_first_step(tmp_path):
@@ -378,16 +505,140 @@ def test_wise_ft_without_its_start_is_refused_on_resume(tmp_path):
         fit(tmp_path, soup, checkpoint=again, ckpt_path=tmp_path / "kept" / "last.ckpt")
 
 
-def test_a_metric_that_gives_no_score_does_not_cost_a_uniform_soup(tmp_path):
-    class Logging(TinyClassifier):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.log("train_loss", loss)
-            return loss
+def refusing_rank(folder, kind):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Lightning has a word on what only rank 0 logs
 
-    kept = ModelCheckpoint(tmp_path / "kept", monitor="train_loss", save_top_k=3)
-    soup = ModelSoup()
-    with pytest.warns(UserWarning, match="the soup gets no score: the metric 'train_loss' is not logged"):
-        fit(tmp_path, soup, checkpoint=kept, module=Logging())
-    assert soup.soup.score is None
-    assert soup.soup_path.exists()
+    class OnRankZero(TinyClassifier):
+        def on_validation_epoch_end(self):
+            if self.trainer.is_global_zero:
+                self.log("val_one", 1.0, rank_zero_only=True)
+
+    try:
+        if kind == "folder":
+            fit(folder, ModelSoup(dirpath=str(folder / "taken")), module=NoTraining(), devices=2, strategy="ddp")
+        else:
+            fit(folder, ModelSoup(GreedySoup(), monitor="val_one"), module=OnRankZero(), devices=2, strategy="ddp")
+    except LightningSoupError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_both_ranks_say_that_the_folder_cannot_be_written(tmp_path):
+    (tmp_path / "taken").write_text("")
+    first, second = run_on_two_ranks(refusing_rank, tmp_path, "folder")
+    assert first == second
+    assert first.startswith(f"UnwritableOutput: ModelSoup: {tmp_path}/taken/soup.ckpt: cannot be written")
+
+
+def test_both_ranks_say_that_one_does_not_log_the_metric(tmp_path):
+    first, second = run_on_two_ranks(refusing_rank, tmp_path, "metric")
+    assert "'val_one' is logged in validation on some ranks only" in first
+    assert "'val_one' is not logged in validation" in second
+
+
+def test_the_recipe_inside_an_interpolation_needs_a_metric_too(tmp_path):
+    soup = ModelSoup(InterpolatedSoup(soup=GreedySoup()), last=2)
+    with pytest.raises(UnsupportedSetup, match="GreedySoup chooses by a validation metric"):
+        fit(tmp_path, soup, checkpoint=ModelCheckpoint(tmp_path / "kept"), module=NoTraining())
+
+
+def batch_norm():
+    return TinyClassifier(batch_norm=True)
+
+
+def means_of_training_data(weights):
+    """Of what goes into the BatchNorm layer: its batches are of one size, so their order does not matter."""
+    return (TinyData().train.tensors[0] @ weights["net.0.weight"].T + weights["net.0.bias"]).mean(0)
+
+
+@pytest.mark.parametrize("recipe", [UniformSoup(), GreedySoup(), LearnedSoup(epochs=1)], ids=lambda r: type(r).__name__)
+def test_recalibration(tmp_path, recipe):
+    plain = ModelSoup(recipe, filename="plain.ckpt", leave="live")
+    witness, fresh, last = Witness(), ModelSoup(recipe, recalibrate=True), Last()
+    _, module, _ = fit(tmp_path, last, callbacks=[plain, witness, fresh], module=batch_norm())
+    weights, old = module.state_dict(), plain.soup.weights()
+    changed = [name for name, value in weights.items() if name in old and not torch.equal(value, old[name])]
+    assert changed == ["net.1.running_mean", "net.1.running_var", "net.1.num_batches_tracked"]
+    torch.testing.assert_close(weights["net.1.running_mean"], means_of_training_data(weights))
+    outside = ModuleEvaluator(batch_norm(), TinyData())
+    assert fresh.soup.score == pytest.approx(outside.score(open_checkpoint(fresh.soup_path)))
+    trial = fresh.soup.history[-1]
+    assert trial.label == "BatchNorm recalibrated"
+    assert trial.values == {"before": plain.soup.score, "after": fresh.soup.score}
+    assert any(trial.reason in note for note in open_checkpoint(fresh.soup_path).provenance["notes"])
+    assert last.after == witness.before
+    with pytest.warns(UserWarning, match="copied from it, not cooked again"):
+        again = recook(fresh.soup_path)
+    assert open_checkpoint(again).digest() == open_checkpoint(fresh.soup_path).digest()
+
+
+def test_recalibration_without_batch_norm_changes_nothing(tmp_path):
+    plain, fresh = ModelSoup(filename="plain.ckpt"), ModelSoup(recalibrate=True)
+    with pytest.warns(UserWarning, match="nothing was recalibrated: the model has no BatchNorm layer"):
+        fit(tmp_path, fresh, callbacks=[plain])
+    assert open_checkpoint(fresh.soup_path).digest() == open_checkpoint(plain.soup_path).digest()
+    assert fresh.soup.score == plain.soup.score
+
+
+def test_a_recalibration_that_fails_does_not_cost_the_soup(tmp_path):
+    class Unlike(TinyData):
+        def train_dataloader(self):
+            return DataLoader(Dictionaries(self.train), 16)
+
+    class Dictionaries(list):
+        def __init__(self, data):
+            super().__init__({"x": x, "y": y} for x, y in data)
+
+    class Reading(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    soup = ModelSoup(recalibrate=True)
+    with pytest.warns(UserWarning, match="statistics were not estimated anew"):
+        _, module, _ = fit(tmp_path, soup, module=Reading(batch_norm=True), data=Unlike())
+    assert not soup.soup.statistics
+    assert all(torch.equal(v, soup.soup.weights()[n]) for n, v in module.state_dict().items() if n.startswith("net"))
+
+
+def test_recalibration_without_a_metric_is_refused_before_training(tmp_path):
+    with pytest.raises(UnsupportedSetup, match="recalibrate=True tells the score before and after"):
+        fit(tmp_path, ModelSoup(last=2, recalibrate=True), checkpoint=ModelCheckpoint(tmp_path), module=NoTraining())
+
+
+def test_recalibration_on_training_data_without_end_is_refused_before_training(tmp_path):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(lambda: (torch.randn(8), torch.tensor(0)), None)
+
+    class Streaming(TinyData):
+        def train_dataloader(self):
+            return DataLoader(Endless(), 16)
+
+    class Untrained(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            raise InterruptedError
+
+    options = {"data": Streaming(), "module": Untrained(batch_norm=True)}
+    with pytest.raises(UnsupportedSetup, match=r"may have no end\. Pass Trainer\(limit_train_batches=100\)"):
+        fit(tmp_path, ModelSoup(recalibrate=True), **options)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, ModelSoup(recalibrate=True), limit_train_batches=3, **options)
+
+
+def recalibrating_rank(folder):
+    torch.set_num_threads(1)
+    soup = ModelSoup(recalibrate=True)
+    _, module, _ = fit(folder, soup, module=batch_norm(), devices=2, strategy="ddp")
+    weights = {name: value.numpy() for name, value in module.state_dict().items()}
+    return {"weights": weights, "score": soup.soup.score, "path": str(soup.soup_path)}
+
+
+def test_two_ranks_recalibrate_alike(tmp_path):
+    first, second = run_on_two_ranks(recalibrating_rank, tmp_path)
+    assert first["score"] == second["score"]
+    saved = open_checkpoint(first["path"])
+    for name, value in first["weights"].items():
+        assert (value == second["weights"][name]).all()
+        assert (value == saved[name].numpy()).all()
+    # 96 samples: three batches of 16 on each rank
+    torch.testing.assert_close(saved["net.1.running_mean"], means_of_training_data(saved))

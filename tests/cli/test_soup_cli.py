@@ -158,10 +158,11 @@ def test_soup_takes_its_arguments_and_the_config_that_fit_saved(base, tmp_path, 
     with pytest.raises(UnreadableCheckpoint):  # no such ingredients: the method itself was called
         SoupCLI(parsed)
     monkeypatch.setattr(SoupCLI, "soup", soup, raising=False)  # Lightning prefers a method of the CLI
-    SoupCLI([*parsed, "--recipe=GreedySoup", "--recipe.strict=true"])
+    SoupCLI([*parsed, "--recipe=GreedySoup", "--recipe.strict=true", "--recalibrate=true"])
     assert given["ingredients"] == ["a.ckpt", "b.ckpt"]
     assert given["metric"] == "val_loss"
     assert type(given["recipe"]).__name__ == "GreedySoup"
     assert given["recipe"].strict
+    assert given["recalibrate"] is True
     assert type(given["model"]) is type(fitted.model)
     assert not {"ckpt_path", "weights_only"} & set(given)

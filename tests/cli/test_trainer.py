@@ -5,16 +5,19 @@ import json
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_soup.cli.main import main
 from lightning_soup.cli.trainer import SoupTrainer
 from lightning_soup.errors import UnsupportedSetup, UnwritableOutput
 from lightning_soup.evaluation import ModuleEvaluator
-from lightning_soup.recipes import GreedySoup, UniformSoup
+from lightning_soup.recipes import GreedySoup, UniformSoup, recook
+from lightning_soup.runs.cooking import measure
 from lightning_soup.weights import open_checkpoint
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.ingredients import tiny_run
+from tests.helpers.trainers import quiet_trainer
 
 QUIET = {
     "accelerator": "cpu",
@@ -138,3 +141,103 @@ def test_a_soup_is_kept_where_the_test_data_allow_no_report(tmp_path, loaders):
         )
     assert open_checkpoint(output).provenance is not None
     assert not (tmp_path / "soup_report").exists()
+
+
+@pytest.fixture(scope="module")
+def batch_normed(tmp_path_factory):
+    """A start and two fine-tunes of it, with BatchNorm."""
+    folder = tmp_path_factory.mktemp("batch-normed")
+    torch.manual_seed(5)
+    module = TinyClassifier(batch_norm=True)
+    files = []
+    for run in ("start", "a", "b"):
+        trainer = quiet_trainer(max_epochs=2)
+        trainer.fit(module, datamodule=TinyData())
+        files.append(folder / f"{run}.ckpt")
+        trainer.save_checkpoint(files[-1])
+        module = TinyClassifier.load_from_checkpoint(files[0])
+    return [str(file) for file in files]
+
+
+def recalibrated(files, output, datamodule=None, **options):
+    soup = SoupTrainer(**QUIET).soup(
+        TinyClassifier(batch_norm="start" in files[0]),
+        datamodule or TinyData(),
+        ingredients=files[-2:],
+        output=str(output),
+        recalibrate=True,
+        **options,
+    )
+    return soup, open_checkpoint(output)
+
+
+def test_recalibration_and_what_the_report_tells_of_it(tmp_path, batch_normed, capsys):
+    options = {"recipe": GreedySoup(), "beside": [UniformSoup()], "metric": "val_loss"}
+    soup, saved = recalibrated(batch_normed, tmp_path / "soup.ckpt", **options)
+    inputs = TinyData().train.tensors[0] @ saved["net.0.weight"].T + saved["net.0.bias"]
+    torch.testing.assert_close(saved["net.1.running_mean"], inputs.mean(0))
+    evaluator = ModuleEvaluator(TinyClassifier(batch_norm=True), TinyData(), "val_loss")
+    plain = GreedySoup().cook(batch_normed[1:], evaluator)
+    values = {"before": plain.score, "after": evaluator.score(saved)}
+    assert [trial.score for trial in soup.history] == [*(trial.score for trial in plain.history), None]
+    assert soup.history[-1].values == pytest.approx(values)
+    assert values["before"] != values["after"] == pytest.approx(soup.score)
+    told = f"val_loss {-values['before']:.4f} → {-values['after']:.4f}"
+    assert f"BatchNorm recalibrated: {told}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "soup_report" / "report.json").read_text())
+    assert sum("BatchNorm statistics were estimated anew" in note for note in report["notes"]) == 2  # both soups
+    assert told in (tmp_path / "soup_report" / "report.html").read_text()
+    with pytest.warns(UserWarning, match="copied from it, not cooked again"):
+        again = recook(tmp_path / "soup.ckpt")
+    assert open_checkpoint(again).digest() == saved.digest()
+
+
+def test_the_curve_of_a_report_leads_to_the_recalibrated_soup(tmp_path, batch_normed, monkeypatch):
+    reports = []
+
+    def kept(*arguments, **options):
+        reports.append(measure(*arguments, **options))
+        return reports[0]
+
+    monkeypatch.setattr("lightning_soup.cli.trainer.measure", kept)
+    recalibrated(batch_normed, tmp_path / "soup.ckpt", init=batch_normed[0])
+    (soup,), curve = reports[0].of_kind("soup"), reports[0].of_kind("interpolation")
+    assert curve[-1].alpha == 1.0
+    torch.testing.assert_close(curve[-1].outcomes["test"].logits, soup.outcomes["test"].logits)
+    assert not torch.allclose(curve[-2].outcomes["test"].logits, soup.outcomes["test"].logits)
+
+
+def test_recalibration_without_batch_norm_changes_nothing_and_says_so(tmp_path):
+    _, files = tiny_run()
+    paths = [str(file) for file in files]
+    SoupTrainer(**QUIET).soup(
+        TinyClassifier(), TinyData(), ingredients=paths[-2:], output=str(tmp_path / "plain.pt"), report=False
+    )
+    with pytest.warns(UserWarning, match="nothing was recalibrated: the model has no BatchNorm layer"):
+        soup, saved = recalibrated(paths, tmp_path / "soup.pt", report=False)
+    assert saved.digest() == open_checkpoint(tmp_path / "plain.pt").digest()
+    assert not soup.statistics
+
+
+def test_recalibration_needs_training_data(tmp_path, batch_normed, monkeypatch):
+    class Untrained(LightningDataModule):
+        def val_dataloader(self):
+            return TinyData().val_dataloader()
+
+    monkeypatch.setattr(ModuleEvaluator, "score", lambda *_: pytest.fail("evaluated first"))
+    with pytest.raises(UnsupportedSetup, match=r"Untrained has no train_dataloader\(\)\. Add one, or pass --recal"):
+        recalibrated(batch_normed, tmp_path / "soup.ckpt", Untrained())
+
+
+def test_recalibration_from_the_command_line(config, batch_normed, capsys):
+    main(["soup", "--config", "config.yaml", "--model.batch_norm", "true", "--recalibrate", "true", "--report", "false",
+          "--ingredients", *batch_normed[1:]])  # fmt: skip
+    assert "BatchNorm recalibrated: val_acc" in capsys.readouterr().out
+    assert "net.1.running_var" in open_checkpoint("soup.safetensors").provenance["statistics"]["tensors"]
+
+
+def test_recalibration_without_a_model(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["soup", "--ingredients", "a.ckpt", "b.ckpt", "--recalibrate", "true"])
+    assert stop.value.code == 1
+    assert "Give --config, or --model and --data; or go without --recalibrate." in capsys.readouterr().err

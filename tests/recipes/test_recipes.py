@@ -208,3 +208,48 @@ def test_a_recipe_tells_how_it_was_called():
     assert str(GreedySoup()) == "GreedySoup"
     assert str(GreedySoup(strict=True)) == "GreedySoup(strict=True)"
     assert str(InterpolatedSoup(soup=GreedySoup())) == "InterpolatedSoup(soup=GreedySoup)"
+
+
+class Statistics(Regression):
+    """Has a buffer of running statistics in its weights, which it finds to be `found`."""
+
+    found = torch.tensor([4.0])
+
+    def score(self, weights):
+        return -abs(float(weights["norm.running_mean"]) - 3.0)
+
+    def recalibrate(self, weights):
+        return {"norm.running_mean": self.found}
+
+
+def normed(*means):
+    return [
+        {**model, "norm.running_mean": torch.tensor([mean])} for model, mean in zip(fine_tunes(2), means, strict=True)
+    ]
+
+
+def test_recalibrated_tells_the_score_before_and_after():
+    soup = UniformSoup().cook(normed(0.0, 2.0)).recalibrated(Statistics())
+    assert soup.weights()["norm.running_mean"].item() == 4.0
+    assert (soup.score, soup.metric, soup.mode) == (-1.0, "val_loss", "min")
+    (trial,) = soup.history
+    assert (trial.values, trial.reason) == ({"before": -2.0, "after": -1.0}, "val_loss 2.0000 → 1.0000")
+    assert trial.score is None  # the recipe did not choose among it and others
+    assert soup.notes[-1].startswith("UniformSoup: the BatchNorm statistics were estimated anew on training data (val_")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({}, "the model has no BatchNorm layer"),
+        ({"norm.running_mean": torch.ones(1)}, "are the same in all ingredients"),
+    ],
+)
+def test_what_needs_no_recalibration_is_left_as_it_was(monkeypatch, found, message):
+    monkeypatch.setattr(Statistics, "recalibrate", lambda *_: found)
+    soup = UniformSoup().cook(normed(1.0, 1.0), Statistics())
+    with pytest.warns(UserWarning, match=f"nothing was recalibrated: .*{message}"):
+        same = soup.recalibrated(Statistics())
+    assert message in same.notes[-1]
+    assert not same.statistics
+    assert (same.score, same.history, same.coefficients) == (soup.score, soup.history, soup.coefficients)
