@@ -18,7 +18,14 @@ _ROOMS = {
         "WeightEnsemble",
     ),
     "lightning_soup.cli": ("SoupTrainer",),
-    "lightning_soup.data": ("HandwritingDataModule", "ImageFolderDataModule", "TorchvisionDataModule"),
+    "lightning_soup.data": (
+        "DigitStyleReference",
+        "DigitStylesDataModule",
+        "HandwritingDataModule",
+        "ImageFolderDataModule",
+        "ReferenceFiles",
+        "TorchvisionDataModule",
+    ),
     "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "Robustness", "paired_bootstrap"),
     "lightning_soup.modules": ("CLIPClassifier", "ImageClassifier", "ZSCL"),
     "lightning_soup.recipes": (

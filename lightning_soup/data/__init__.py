@@ -1,4 +1,4 @@
-"""Data modules: handwritten digits that need no network, image folders, and torchvision's sets.
+"""Data modules: handwritten digits that need no network, image folders, and torchvision's sets; references for ZSCL.
 
 Each name is imported when it is first used, since Lightning and torchvision are slow to import.
 """
@@ -7,17 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_soup.data.digit_styles import DigitStyleReference as DigitStyleReference
+    from lightning_soup.data.digit_styles import DigitStylesDataModule as DigitStylesDataModule
     from lightning_soup.data.handwriting import Affine as Affine
     from lightning_soup.data.handwriting import HandwritingDataModule as HandwritingDataModule
     from lightning_soup.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_soup.data.reference import Reference as Reference
+    from lightning_soup.data.reference import ReferenceFiles as ReferenceFiles
     from lightning_soup.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
     from lightning_soup.data.transforms import Augmentation as Augmentation
 
 _HOME = {
     "Affine": "handwriting",
     "Augmentation": "transforms",
+    "DigitStyleReference": "digit_styles",
+    "DigitStylesDataModule": "digit_styles",
     "HandwritingDataModule": "handwriting",
     "ImageFolderDataModule": "image_folder",
+    "Reference": "reference",
+    "ReferenceFiles": "reference",
     "TorchvisionDataModule": "torchvision_sets",
 }
 

@@ -1,6 +1,7 @@
 """Reference: unlabelled images and texts that a model is held to while it learns something else."""
 
 import csv
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -151,7 +152,8 @@ class FolderImages(Dataset):
 
     def __init__(self, root: str, transform: Any):
         folder = Path(root).expanduser()
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        found = (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        self.paths = sorted(path for path in found if path.is_file())
         self.transform = transform
         if not self.paths:
             what = "has no images in it" if folder.is_dir() else "is no folder"
@@ -189,18 +191,20 @@ def read_texts(source: str) -> list[str]:
             f"The reference texts: there is no file {source}. Expected a text file with one text a line, a .csv file "
             "with a column caption, a .tsv file with the texts in its first column, or 'imagenet'."
         )
-    with path.open(encoding="utf-8", newline=None) as file:
-        if path.suffix == ".csv":
-            rows = csv.DictReader(file)
-            if "caption" not in (rows.fieldnames or ()):
-                raise UnsupportedSetup(
-                    f"{source}: has the columns {', '.join(rows.fieldnames or ['none'])}; expected caption."
-                )
-            texts = [row["caption"] or "" for row in rows]
-        elif path.suffix == ".tsv":
-            texts = [line.split("\t")[0] for line in file]
-        else:
-            texts = list(file)
+    try:
+        lines = io.StringIO(path.read_text(encoding="utf-8-sig"))  # Excel writes a byte-order mark
+    except (UnicodeDecodeError, OSError) as error:
+        raise UnsupportedSetup(f"The reference texts: {source} cannot be read as UTF-8: {error}.") from error
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        rows = csv.DictReader(lines)
+        if "caption" not in (rows.fieldnames or ()):
+            raise UnsupportedSetup(
+                f"{source}: has the columns {', '.join(rows.fieldnames or ['none'])}; expected caption."
+            )
+        texts = [row["caption"] or "" for row in rows]
+    else:
+        texts = [line.split("\t")[0] if kind == ".tsv" else line for line in lines]
     return [text.strip() for text in texts if text.strip()]
 
 

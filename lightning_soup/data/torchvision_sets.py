@@ -27,7 +27,8 @@ class SetRecord:
         test: Arguments that select the test part; None: the set is one piece, to be split at random.
         val: Arguments that select the validation part; None: it has none.
         args: Other arguments that it needs.
-        unnamed: Number of classes, of sets that do not name them.
+        names: Names of the classes, where torchvision does not give them.
+        unnamed: Number of classes, where there are no names: all that is known of a class is its number.
         download: Whether torchvision can download it.
         on_disk: Whether it has a root folder at all.
     """
@@ -36,6 +37,7 @@ class SetRecord:
     test: dict[str, Any] | None = None
     val: dict[str, Any] | None = None
     args: dict[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] | None = None
     unnamed: int | None = None
     download: bool = True
     on_disk: bool = True
@@ -50,6 +52,8 @@ def _by_split(train: str = "train", test: str = "test", val: str | None = None, 
     return SetRecord(train={"split": train}, test={"split": test}, val=own_val, **options)
 
 
+_DIGITS = tuple("0123456789")
+
 SETS: dict[str, SetRecord] = {
     "CIFAR10": _by_flag(),
     "CIFAR100": _by_flag(),
@@ -63,7 +67,7 @@ SETS: dict[str, SetRecord] = {
     "FGVCAircraft": _by_split(val="val"),
     "FakeData": SetRecord(download=False, on_disk=False),
     "FashionMNIST": _by_flag(),
-    "Flowers102": _by_split(val="val", unnamed=102),
+    "Flowers102": _by_split(val="val", unnamed=102),  # named since torchvision 0.22
     "Food101": _by_split(),
     "GTSRB": _by_split(unnamed=43),
     "ImageNet": _by_split(test="val", download=False),
@@ -75,12 +79,12 @@ SETS: dict[str, SetRecord] = {
     "Places365": _by_split(train="train-standard", test="val"),
     "QMNIST": _by_flag(),
     "RenderedSST2": _by_split(val="val"),
-    "SEMEION": SetRecord(unnamed=10),
+    "SEMEION": SetRecord(names=_DIGITS),
     "STL10": _by_split(),
     "SUN397": SetRecord(),
-    "SVHN": _by_split(unnamed=10),
+    "SVHN": _by_split(names=_DIGITS),
     "StanfordCars": _by_split(download=False),
-    "USPS": _by_flag(unnamed=10),
+    "USPS": _by_flag(names=_DIGITS),
 }
 """Name of a torchvision class -> how it is asked for its parts."""
 
@@ -160,8 +164,18 @@ class TorchvisionDataModule(VisionDataModule):
         self._class_names: list[str] | None = None
 
     @property
-    def class_names(self) -> list[str]:
-        """Names of the classes; opens the training set."""
+    def class_names(self) -> list[str] | None:
+        """Names of the classes; opens the training set. None where torchvision knows their numbers only."""
+        names = self._names()
+        return None if SETS[self.name].unnamed and names[0] == "0" else names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; opens the training set."""
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        """Names of the classes, or their numbers."""
         if self._class_names is None:
             self._class_names = _class_names(self.name, self._open(self.name, "train", self.set_args))
         return self._class_names
@@ -202,7 +216,7 @@ class TorchvisionDataModule(VisionDataModule):
             found = _class_names(source, images)
         else:
             images, found = open_folder(Path(source)), class_folders(Path(source))
-        return images, None, map_classes(found, self.class_names, f"the shifted set {short}", subset=True)
+        return images, None, map_classes(found, self._names(), f"the shifted set {short}", subset=True)
 
     def _open(self, name: str, part: str, args: dict[str, Any], download: bool = False) -> Dataset:
         record = SETS[name]
@@ -212,17 +226,22 @@ class TorchvisionDataModule(VisionDataModule):
         if record.download:
             arguments["download"] = download
         try:
-            return getattr(torchvision.datasets, name)(**arguments)
+            images = getattr(torchvision.datasets, name)(**arguments)
         except (RuntimeError, OSError, TypeError, ValueError, ImportError) as error:
             way = "pass download=True" if record.download else "put its files there as torchvision's page of it says"
             raise UnsupportedSetup(
                 f"torchvision could not open {name} ({part}) in {self.root}: {error}\n"
                 f"If the set is not there, {way}; check root and the set's other arguments."
             ) from error
+        if name == "SUN397":  # is listed in the order of the file system, on which the split would depend
+            order = sorted(range(len(images)), key=images._image_files.__getitem__)
+            images._image_files = [images._image_files[i] for i in order]
+            images._labels = [images._labels[i] for i in order]
+        return images
 
 
 def _class_names(name: str, images: Dataset) -> list[str]:
-    named = getattr(images, "classes", None) or getattr(images, "categories", None)
+    named = getattr(images, "classes", None) or getattr(images, "categories", None) or SETS[name].names
     if named is None:
         count = SETS[name].unnamed or images.num_classes  # only FakeData counts its own
         return [str(number) for number in range(count)]

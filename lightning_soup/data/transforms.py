@@ -49,6 +49,7 @@ class Augmentation:
         color_jitter: Strength of random changes of brightness, contrast and saturation. Not used together with
             ``auto_augment``.
         auto_augment: A policy of timm, for example ``rand-m9-mstd0.5-inc1``, ``augmix-m5-w4-d2``, ``original``.
+            ``none`` is the same as None: sweeps pass every value as a text.
         re_prob: Probability of erasing a random rectangle.
     """
 
@@ -61,6 +62,8 @@ class Augmentation:
     re_prob: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.auto_augment is not None and self.auto_augment.lower() in ("", "none", "null"):
+            object.__setattr__(self, "auto_augment", None)
         for name in ("hflip", "vflip", "re_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UnsupportedSetup(f"{name}={getattr(self, name)}: a probability lies between 0 and 1.")

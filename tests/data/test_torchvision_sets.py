@@ -93,6 +93,16 @@ def test_a_set_with_its_own_validation_part(tmp_path):
     assert [len(loader.dataset) for loader in loaders] == [12, 5, 7]
 
 
+@pytest.mark.parametrize(
+    ("name", "names", "count"), [("SVHN", list("0123456789"), 10), ("GTSRB", None, 43), ("Flowers102", None, 102)]
+)
+def test_numbers_are_the_names_of_digits_only(monkeypatch, name, names, count):
+    monkeypatch.setattr(torchvision.datasets, name, lambda **_: torchvision.datasets.FakeData(**FAKE))
+    datamodule = TorchvisionDataModule(name, **SMALL)
+    assert datamodule.class_names == names
+    assert datamodule.num_classes == count
+
+
 def test_shifted_sets_of_torchvision_and_in_folders(tmp_path):
     write_mnist(tmp_path)
     folder = write_folders(tmp_path / "scans", ["9", "3"], count=2)
