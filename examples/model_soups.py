@@ -15,9 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from results import spread, verdicts, write
+
 from lightning_soup.cli.demo import demo
 
-HERE = Path(__file__).parent
 TESTS = {"test": "UCI test", "corrupted": "corrupted", "mnist": "MNIST left behind"}
 ROWS = {
     "mean": "mean of the 8 ingredients",
@@ -55,11 +56,6 @@ def row_of(report: Report, key: str) -> dict[str, Any]:
 def accuracy(report: Report, key: str, test: str) -> float:
     """Accuracy in percent."""
     return row_of(report, key)["tests"][test]["accuracy"]
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -125,9 +121,7 @@ def section(title: str, reports: Sequence[Report], *, checked: bool) -> str:
     parts = [f"### {title}", f"{len(reports)} seeds, mean ± standard deviation.", table(reports), gains(reports)]
     if checked:
         parts += ["The WiSE-FT line from the pre-trained weights to the uniform soup:", curve_table(reports)]
-        parts += [
-            "\n".join(f"- {'holds' if held else '**does not hold**'}: {claim}." for claim, held in claims(reports))
-        ]
+        parts.append(verdicts(claims(reports)))
     return "\n\n".join(parts)
 
 
@@ -160,15 +154,7 @@ def main() -> None:
     text = "\n\n".join(parts)
     print(text)
     if options.write:
-        write(HERE / "RESULTS.md", "model_soups", text)
-
-
-def write(path: Path, name: str, text: str) -> None:
-    """Replace the part of a Markdown file between this example's marks."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    content = path.read_text() if path.exists() else f"# Results\n\n{begin}\n{end}\n"
-    before, _, rest = content.partition(begin)
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+        write("model_soups", text)
 
 
 if __name__ == "__main__":

@@ -28,3 +28,10 @@ def rich_progress(items: Iterable[T], description: str, total: int | None = None
     console = Console(file=sys.stderr)
     hidden = not (console.is_terminal or console.is_jupyter)
     yield from track(items, description=description, total=total, console=console, transient=True, disable=hidden)
+
+
+def progress_lines(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Write a line after each item to standard error: progress beside another bar that is on the screen."""
+    for number, item in enumerate(items, 1):
+        print(f"{description}: {number} of {total} done", file=sys.stderr, flush=True)
+        yield item

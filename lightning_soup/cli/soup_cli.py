@@ -19,6 +19,7 @@ from lightning.pytorch.cli import (
 
 import lightning_soup
 from lightning_soup.cli.trainer import SoupTrainer
+from lightning_soup.runs.task_file import SECTION
 
 __all__ = ["SoupCLI"]
 
@@ -62,11 +63,12 @@ class SoupCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "soup": {"model", "dataloaders", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Let `soup` take the config that a `fit` saved, with what only `fit` uses in it."""
+        """Let `soup` take the config that a `fit` saved, with what only `fit` uses in it, and all take a task file."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "soup":
             for name in _FIT_ONLY:
                 parser.add_argument(f"--{name}", type=Any, help="No effect here: from a config saved by fit.")
+        parser.add_argument(f"--{SECTION}", type=Any, help="No effect here: the tasks of `lightning-soup continual`.")
         return parser
 
     def before_instantiate_classes(self) -> None:

@@ -4,25 +4,23 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lightning_soup.cli.sweep_check import check_settings
 from lightning_soup.cli.sweep_training import RunCLI, train_setting
 from lightning_soup.errors import LightningSoupError
 from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.own_loops import no_notices
-from lightning_soup.progress import rich_progress
+from lightning_soup.progress import progress_lines, rich_progress
 from lightning_soup.recipes.recipe import Recipe
 from lightning_soup.runs.sweep import SweepResult, run_sweep
 from lightning_soup.runs.sweep_file import read_sweep_file, read_yaml
 from lightning_soup.runs.sweep_run import Run, canonical
 
-__all__ = ["fingerprint", "sweep", "train_setting"]
-
-T = TypeVar("T")
+__all__ = ["fingerprint", "sweep", "train_once", "train_setting"]
 
 _LARGE = 1 << 30  # bytes; hashing as many takes about a second
 
@@ -84,7 +82,7 @@ def sweep(
             spread=not (isinstance(config.trainer.devices, list) or any("trainer.devices" in one for one in settings)),
             fingerprint=fingerprint(Path(base), settings),
             # With one job Lightning's own bar is on the screen, unless the config turns it off.
-            progress=_lines if jobs == 1 and config.trainer.enable_progress_bar is not False else rich_progress,
+            progress=progress_lines if jobs == 1 and config.trainer.enable_progress_bar is not False else rich_progress,
         )
     _print_table(result, metric, mode)
     for run in result.failed:
@@ -94,6 +92,22 @@ def sweep(
     if cook is not None:
         _cook(result, cook, base=base, group=name, metric=metric, mode=mode)
     return result
+
+
+def train_once(base: Path, setting: Mapping[str, Any], folder: Path, seed: int) -> Path:
+    """Train one setting, or find it trained: a run of one setting is as resumable as a sweep.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        LightningSoupError: The training failed.
+    """
+    train, mark = partial(train_setting, base=base), fingerprint(base, [setting])
+    result = run_sweep([setting], train, folder, seed=seed, fingerprint=mark, progress=rich_progress)
+    if result.failed:
+        raise LightningSoupError(f"pre-training failed: {result.failed[0].error} (see {result.failed[0].folder})")
+    return result.checkpoints[0]
 
 
 def fingerprint(base: Path, settings: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -146,13 +160,6 @@ def _cook(
             mode=mode,
         ),
     )
-
-
-def _lines(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Progress without a bar, for when another one is on the screen."""
-    for number, item in enumerate(items, 1):
-        print(f"{description}: {number} of {total} done", file=sys.stderr, flush=True)
-        yield item
 
 
 def _print_table(result: SweepResult, metric: str, mode: Literal["max", "min"]) -> None:

@@ -1,8 +1,9 @@
 """Checking a sweep against its base config before any training starts."""
 
 import difflib
+import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str,
     for name in read_yaml(base, "config for `lightning-soup fit`"):
         if not isinstance(name, str):
             raise UnsupportedSetup(f"{base}: has the key {name!r}; expected model, data, trainer and the like.")
-    _refuse_doubles(sweep_file, settings[0])
+    for setting in settings:
+        _refuse_doubles(sweep_file, setting)
     parser = capture_parser(lambda: SoupCLI(["fit"], exit_on_error=False))
     parsed = []
     for setting in settings:
@@ -43,6 +45,7 @@ def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str,
         except (ArgumentError, SystemExit) as error:
             raise UnsupportedSetup(_explain(parser, base, sweep_file, setting, error)) from None
         _refuse_what_sweeps_cannot(base, parsed[-1])
+    _warn_of_several_splits(sweep_file, settings)
     return parsed[0]
 
 
@@ -117,16 +120,44 @@ def _refuse_what_sweeps_cannot(base: Path, config: Namespace) -> None:
     trainer, devices = config.trainer, config.trainer.devices
     if config.get("ckpt_path"):
         raise UnsupportedSetup(
-            f"{base}: has ckpt_path: {config.ckpt_path}. The hyperparameters in that file would win over the "
-            "sweep's. To start from trained weights, use an option of the model (checkpoint_path)."
+            f"{base}: has ckpt_path: {config.ckpt_path}. The hyperparameters in that file would win over those of the "
+            "runs. To start from trained weights, use an option of the model (checkpoint_path)."
         )
     for option in ("fast_dev_run", "barebones"):
         if trainer[option]:
-            raise UnsupportedSetup(f"{base}: trainer.{option} saves no checkpoint, so no ingredients come of it.")
+            raise UnsupportedSetup(f"{base}: trainer.{option} saves no checkpoint, so nothing is left of a training.")
     one_device = devices in ("auto", "1", 1) or (isinstance(devices, list) and len(devices) == 1)
     if not one_device or trainer.num_nodes != 1:
         # Lightning starts the other ranks by running the command again: each would start the sweep anew.
         raise UnsupportedSetup(
-            f"{base}: has trainer.devices: {devices} and num_nodes: {trainer.num_nodes}, but a sweep trains "
-            "each ingredient on one device. Set devices: 1, or use `wandb sweep`, then `lightning-soup soup`."
+            f"{base}: has trainer.devices: {devices} and num_nodes: {trainer.num_nodes}, but each of several trainings "
+            "runs on one device. Set devices: 1; a sweep over several takes `wandb sweep`, then `lightning-soup soup`."
+        )
+
+
+def _leaves(setting: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a setting by dotted name, also where one sets several options at once."""
+    for name, value in setting.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _warn_of_several_splits(sweep_file: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of seeds of the data module that take several values in a sweep."""
+    values: dict[str, set[str]] = {}
+    for setting in settings:
+        for name, value in _leaves(setting):
+            above, _, last = name.rpartition(".")
+            if above.split(".")[0] == "data" and (last == "seed" or last.endswith("_seed")):
+                values.setdefault(name, set()).add(repr(value))
+    varied = [name for name, found in values.items() if len(found) > 1]
+    if varied:
+        warnings.warn(
+            f"{sweep_file}: gives the data other seeds in other runs ({', '.join(varied)}). If such a seed splits "
+            "training from validation data, what one ingredient is validated on, another was trained on, and the "
+            "scores of a soup come out too high. Keep the seed of the split the same in all runs; runs differ by "
+            "seed_everything as it is.",
+            stacklevel=3,
         )

@@ -104,8 +104,6 @@ class ZSCL(CLIPClassifier):
             label_smoothing=label_smoothing,
         )
         source = (checkpoint_path or pretrained) if teacher == "start" else teacher or pretrained
-        if source is None and distillation and teacher == "start":
-            raise UnsupportedSetup("teacher='start', but the model starts from random weights: give checkpoint_path.")
         self.hparams.update(teacher=source)  # plain, so that a resumed run builds the same teacher
         self.reference = reference
         self._teacher: Teacher | None = None
@@ -181,7 +179,8 @@ class ZSCL(CLIPClassifier):
         if self.hparams.teacher is None and ":" not in self.hparams.model_name:
             raise UnsupportedSetup(
                 f"distillation={self.hparams.distillation} needs teacher: a file with the weights before any task, or "
-                "a tag of open_clip's weights. It is never taken from the model that is trained."
+                "a tag of open_clip's weights; or 'start' beside checkpoint_path or pretrained. It is never taken from "
+                "the model that is trained."
             )
         if self._teacher is None:
             self._teacher = Teacher(self.hparams.model_config, self.hparams.model_name, self.hparams.teacher)

@@ -20,19 +20,19 @@ def draw_continual(result: "ContinualResult") -> list[Picture]:
 
 def _heatmap(result: "ContinualResult", pictures: list[Picture]) -> None:
     """The accuracies as colours and numbers; a frame around each cell whose task was just trained."""
-    names, rows = result.names, result.rows
-    values = [[row[name] for name in names] for row in rows.values()]
+    names, labels = result.names, distinct(result.names, 16)
+    values = [[row[name] for name in names] for row in result.rows.values()]
     caption = (
         "Accuracy in % on every task (columns) after training the tasks one after the other (rows, from above). "
         "Framed: the task that was just trained. Right of the frames is zero-shot transfer, left of them memory."
     )
-    width = max(3.6, min(7.2, 1.6 + 0.62 * len(names)))
-    with new_figure(width, 1.3 + 0.36 * len(rows), pictures, "heatmap", caption) as figure:
+    cells = min(0.62 * len(names), max(5.6, 0.4 * len(names)))  # which must hold "100.0"
+    with new_figure(max(3.6, 1.6 + cells), 1.3 + 0.36 * len(values), pictures, "heatmap", caption) as figure:
         axis = figure.subplots()
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
         figure.colorbar(image, ax=axis, label="accuracy, %", fraction=0.05, pad=0.02)
-        axis.set_xticks(range(len(names)), distinct(names, 16), rotation=35, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(len(rows)), distinct(list(rows), 24))
+        axis.set_xticks(range(len(names)), labels, rotation=35, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(values)), ["zero-shot", *(f"after {label}" for label in labels)])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         for y, row in enumerate(values):
@@ -42,13 +42,16 @@ def _heatmap(result: "ContinualResult", pictures: list[Picture]) -> None:
         from matplotlib.patches import Rectangle
 
         for number in range(len(names)):
-            frame = Rectangle((number - 0.5, number + 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.6)
-            axis.add_patch(frame)
+            for colour, linewidth in (("white", 3.4), (BLACK, 1.4)):  # seen on any colour, and at the edge
+                place = (number - 0.47, number + 0.53)
+                axis.add_patch(Rectangle(place, 0.94, 0.94, fill=False, edgecolor=colour, linewidth=linewidth))
 
 
 def _curves(result: "ContinualResult", pictures: list[Picture]) -> None:
     """Each task's accuracy over the sequence: hollow before it was trained, filled from then on."""
-    names, rows = result.names, list(result.rows.values())
+    from matplotlib.ticker import MaxNLocator
+
+    names, rows, titles = result.names, list(result.rows.values()), distinct(result.names, 24)
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     caption = (
@@ -63,8 +66,11 @@ def _curves(result: "ContinualResult", pictures: list[Picture]) -> None:
             axis.axhline(values[0], color=GREY, linestyle=":", linewidth=0.9, zorder=0)
             axis.plot(range(len(values)), values, **look, markerfacecolor="white")
             axis.plot(range(number + 1, len(values)), values[number + 1 :], linestyle="", **look)
-            axis.set_title(distinct(names, 30)[number])
+            axis.set_title(titles[number])
             axis.grid(axis="y", color=FAINT, linewidth=0.6)
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+            if number + columns >= len(names):  # the lowest one of its column
+                axis.tick_params(axis="x", labelbottom=True)
         for axis in axes.flat[len(names) :]:
             axis.remove()
         figure.supxlabel("tasks trained", fontsize=9)
@@ -92,6 +98,6 @@ def _metrics(result: "ContinualResult", pictures: list[Picture]) -> None:
         axis.set_xticks(range(len(keys)), list(keys.values()))
         axis.tick_params(axis="x", length=0)
         axis.set_ylabel("accuracy, %")
-        axis.set_ylim(0, 110)
+        axis.set_ylim(0, 108)
         axis.grid(axis="y", color=FAINT, linewidth=0.6)
-        axis.legend(loc="upper left", ncols=2)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)

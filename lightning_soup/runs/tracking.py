@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from lightning_soup.runs.report_json import plain, trials
 
 if TYPE_CHECKING:
     from lightning_soup.recipes.recipe import Soup
+    from lightning_soup.runs.continual import ContinualResult
+    from lightning_soup.runs.figures import Picture
     from lightning_soup.runs.report import SoupReport
 
-__all__ = ["log_report", "log_soup"]
+__all__ = ["log_continual", "log_report", "log_soup"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,18 +39,8 @@ def log_report(loggers: Iterable[Logger], report: "SoupReport", soup_path: str |
         logger.log_metrics(scalars)
         logger.save()
     for run in _wandb_runs(loggers):
-        import wandb
-        from PIL import Image
-
-        content: dict[str, Any] = {
-            "report/comparison": _comparison(report),
-            "report/headline": report.headline,
-        }
-        for picture in report.pictures:
-            content[f"report/{picture.name}"] = wandb.Image(
-                Image.open(io.BytesIO(picture.png)), caption=picture.caption
-            )
-        run.log(content)
+        content = {"report/comparison": _comparison(report), "report/headline": report.headline}
+        run.log({**content, **_images("report", report.pictures)})
     for number, entry in enumerate(report.of_kind("soup")):
         if entry.soup is not None:
             log_soup(loggers, entry.soup, soup_path if number == 0 else None, label=entry.label)
@@ -83,6 +76,42 @@ def log_soup(loggers: Iterable[Logger], soup: "Soup", path: str | Path | None = 
             artifact.add_file(str(path))
             _use_ingredients(run, soup)
             run.log_artifact(artifact)
+
+
+@rank_zero_only
+def log_continual(loggers: Iterable[Logger], result: "ContinualResult") -> None:
+    """Log a continual run: the metrics and every cell to every logger; the matrix and the pictures to W&B.
+
+    Args:
+        loggers: The loggers of a Trainer.
+        result: The run.
+    """
+    from lightning_soup.runs.figures_continual import draw_continual
+
+    loggers, metrics = list(loggers), result.metrics
+    scalars = {f"continual/{name}": getattr(metrics, name) for name in ("transfer", "average", "last", "forget")}
+    for logger in loggers:
+        logger.log_metrics({name: value for name, value in scalars.items() if not math.isnan(value)})
+        for step, row in enumerate(result.rows.values()):
+            logger.log_metrics({f"accuracy/{_slug(name)}": value for name, value in row.items()}, step)
+        logger.save()
+    for run in _wandb_runs(loggers):
+        import wandb
+
+        table = wandb.Table(columns=["accuracy, %", *result.names])
+        for label, row in result.rows.items():
+            table.add_data(label, *(row[name] for name in result.names))
+        run.log({"continual/matrix": table, **_images("continual", draw_continual(result))})
+
+
+def _images(place: str, pictures: "Iterable[Picture]") -> dict[str, Any]:
+    import wandb
+    from PIL import Image
+
+    return {
+        f"{place}/{picture.name}": wandb.Image(Image.open(io.BytesIO(picture.png)), caption=picture.caption)
+        for picture in pictures
+    }
 
 
 def _wandb_runs(loggers: Iterable[Logger]) -> Iterator[Any]:

@@ -13,6 +13,8 @@ COMMANDS = {
     "torchvision.yaml": ["fit"],
     "model_soup_clip.yaml": ["fit"],
     "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
+    "zscl_digits.yaml": ["fit"],
+    "zscl_mtil.yaml": ["fit"],
     "weight_ensemble.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }

@@ -14,7 +14,7 @@ pytest.importorskip("mlxtend")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_module, "_pretrain", lambda *_: pytest.fail("trained first"))
+    monkeypatch.setattr(demo_module, "train_once", lambda *_: pytest.fail("trained first"))
     save_weights({"w": torch.ones(2)}, tmp_path / "other.pt")
     (tmp_path / "sweep.yaml").write_text("method: grid\nparameters: {model.lrr: {value: 1}}")
     return tmp_path

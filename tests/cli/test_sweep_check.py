@@ -6,10 +6,15 @@ import pytest
 from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.cli.sweep_check import check_settings
 from lightning_soup.errors import UnsupportedSetup
-from tests.helpers.boring import TinyClassifier
+from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.sweeps import base_config, write_yaml
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")  # data of 100 samples
+
+
+class Splitting(TinyData):
+    def __init__(self, seed: int = 0, split_seed: int = 0, seeds: int = 0, batch_size: int = 16) -> None:
+        super().__init__(batch_size)
 
 
 class Strict(TinyClassifier):
@@ -115,6 +120,31 @@ def test_base_configs_that_do_not_suit_a_sweep(tmp_path, config, change, message
 def test_one_device_is_fine(tmp_path, config, devices):
     config["trainer"]["devices"] = devices
     check(tmp_path, config, {"seed_everything": 1})
+
+
+@pytest.fixture
+def splitting(config):
+    config["data"] = {"class_path": f"{__name__}.Splitting", "init_args": {}}
+    return config
+
+
+@pytest.mark.parametrize("name", ["data.seed", "data.init_args.split_seed"])
+def test_a_sweep_over_the_seed_of_the_split_is_warned_of(tmp_path, splitting, name):
+    settings = [{name: seed, "data.seeds": 1, "model.lr": 0.1 * (seed + 1)} for seed in range(3)]
+    with pytest.warns(UserWarning, match="sweep.yaml: gives the data other seeds") as caught:
+        check(tmp_path, splitting, *settings)
+    assert [str(found.message).split("(")[1].split(")")[0] for found in caught] == [name]
+
+
+def test_a_seed_in_a_group_of_options_is_warned_of(tmp_path, splitting):
+    with pytest.warns(UserWarning, match=r"\(data.init_args.split_seed\)"):
+        check(tmp_path, splitting, *({"data.init_args": {"split_seed": seed, "batch_size": 8}} for seed in (1, 2)))
+
+
+def test_other_sweeps_are_not_warned_of(tmp_path, splitting):
+    # pytest makes an error of every warning
+    check(tmp_path, splitting, *({"data.split_seed": 3, "data.seeds": i, "seed_everything": i} for i in range(2)))
+    check(tmp_path, splitting, {"data.split_seed": 3})
 
 
 def test_missing_and_broken_base(tmp_path):

@@ -29,11 +29,16 @@ def tiny_clip(seed: int = 0, **options: Any) -> CLIPClassifier:
 
 
 class RowData(LightningDataModule):
-    """8×8 images with one bright row, which is the class: 48 training, 21 validation, 15 + 9 test images."""
+    """8×8 images with one bright row, which is the class: 48 training, 21 validation, 15 + 9 test images.
+
+    With ``columns`` it is a bright column.
+    """
 
     test_names = ("test", "dark")
 
-    def __init__(self, class_names: list[str] | None = ROWS, channels: int = 3, size: int = 8) -> None:
+    def __init__(
+        self, class_names: list[str] | None = ROWS, channels: int = 3, size: int = 8, columns: bool = False
+    ) -> None:
         super().__init__()
         if class_names is not None:
             self.class_names = class_names
@@ -43,7 +48,7 @@ class RowData(LightningDataModule):
             targets = torch.arange(count) % 3
             x = torch.rand(count, channels, size, size, generator=generator)
             x[torch.arange(count), :, 3 * targets] += 1.0
-            return TensorDataset(factor * x, targets)
+            return TensorDataset(factor * (x.mT if columns else x), targets)
 
         self.train, self.val, self.test = images(48), images(21), [images(15), images(9, 0.3)]
 

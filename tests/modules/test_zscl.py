@@ -292,7 +292,6 @@ def test_precisions(teacher, precision):
         ({"distillation": -1.0}, "distillation=-1"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"consolidation": -0.1}, "consolidation=-0.1"),
-        ({"teacher": "start"}, "starts from random weights: give checkpoint_path"),
     ],
 )
 def test_values_out_of_range(options, message):
@@ -305,6 +304,7 @@ def test_values_out_of_range(options, message):
     [
         ({"reference": None}, "distillation=1.0 needs reference"),
         ({"teacher": None}, "distillation=1.0 needs teacher"),
+        ({"teacher": "start"}, "'start' beside checkpoint_path"),
         ({"reference": reference(images=noise(size=12))}, r"reference images do not fit.*\[B, 3, 8, 8\].*3, 12, 12"),
         ({"reference": reference(images=[noise(size=12)[0]])}, "reference images do not fit"),
         ({"reference": reference(images=DataLoader([], 2))}, "no images: DataLoader is empty"),

@@ -2,21 +2,19 @@
 
 import shutil
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from lightning_soup.cli.sweep import fingerprint, sweep
+from lightning_soup.cli.sweep import sweep, train_once
 from lightning_soup.cli.sweep_check import check_settings
-from lightning_soup.cli.sweep_training import RunCLI, train_setting
+from lightning_soup.cli.sweep_training import RunCLI
 from lightning_soup.errors import LightningSoupError, UnwritableOutput
 from lightning_soup.evaluation.own_loops import no_notices
-from lightning_soup.progress import rich_progress
 from lightning_soup.recipes import GreedySoup, InterpolatedSoup, LearnedSoup, Soup, UniformSoup
-from lightning_soup.runs.sweep import check_numbers, run_sweep
+from lightning_soup.runs.sweep import check_numbers
 from lightning_soup.runs.sweep_file import read_sweep_file
 from lightning_soup.weights import open_checkpoint
 from lightning_soup.weights.save import check_output
@@ -75,7 +73,7 @@ def _demo(home: Path, seed: int, jobs: int, labels: int, start: str | None, swee
         check_settings(base, varied.path, settings)
         _build(configs / "pretrain.yaml", home)
         _build(base, home, first)
-        _copy_if_changed(first or _pretrain(configs / "pretrain.yaml", home, seed), pretrained)
+        _copy_if_changed(first or train_once(configs / "pretrain.yaml", {}, home / "pretrain", seed), pretrained)
     except OSError as error:
         raise UnwritableOutput(f"{home}: cannot be used ({error}). Give another --folder.") from error
     result = sweep(str(base), str(configs / "sweep.yaml"), folder=str(home / "ingredients"), jobs=jobs, seed=seed)
@@ -126,15 +124,6 @@ def _write_configs(home: Path, seed: int, labels: int, sweep_file: Path) -> Path
         (target / name).write_text(yaml.safe_dump(config, sort_keys=False))
     _copy_if_changed(sweep_file, target / "sweep.yaml")
     return target
-
-
-def _pretrain(base: Path, home: Path, seed: int) -> Path:
-    """Train the start, or find it trained; a run of one setting is as resumable as a sweep."""
-    train = partial(train_setting, base=base)
-    result = run_sweep([{}], train, home / "pretrain", seed=seed, fingerprint=fingerprint(base), progress=rich_progress)
-    if result.failed:
-        raise LightningSoupError(f"pre-training failed: {result.failed[0].error} (see {result.failed[0].folder})")
-    return result.checkpoints[0]
 
 
 def _copy_if_changed(source: Path, target: Path) -> None:

@@ -1,0 +1,27 @@
+"""What the examples share: how numbers over seeds are written, and their place in RESULTS.md."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def verdicts(claims: Sequence[tuple[str, bool]]) -> str:
+    """A list of claims, and whether each holds."""
+    return "\n".join(f"- {'holds' if held else '**does not hold**'}: {claim}." for claim, held in claims)
+
+
+def write(name: str, text: str, path: Path = RESULTS) -> None:
+    """Replace the part of RESULTS.md between an example's marks, or add it at the end."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    content = path.read_text() if path.exists() else "# Results\n"
+    if begin not in content:
+        content = f"{content.rstrip()}\n\n{begin}\n{end}\n"
+    before, _, rest = content.partition(begin)
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
