@@ -79,11 +79,10 @@ def continual(
     home = Path("runs", file.path.stem) if folder is None else Path(folder)
     settings = [file.tasks[name] for name in names]
     parsed = check_settings(file.path, file.path, [*settings, *([] if file.pretrain is None else [file.pretrain])])
-    sequence = _Sequence(file, home, seed, _options(file, parsed), start and str(open_checkpoint(start).path))
+    sequence = _Sequence(file, names, home, seed, _options(file, parsed), start and str(open_checkpoint(start).path))
     bar = parsed.trainer.enable_progress_bar is not False  # Lightning's own is on the screen then
     with no_notices(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        sequence.look_at_data(names)
         result = run_continual(
             names,
             sequence.start,
@@ -117,19 +116,20 @@ class _Sequence:
     """What the runner asks for: the start, one training, one measurement; all by the config and a task's changes."""
 
     file: TaskFile
+    names: Sequence[str]
     home: Path
     seed: int
     options: Mapping[str, Any]
     given: str | None
     first: Path | None = field(default=None, init=False)
 
-    def look_at_data(self, names: Sequence[str]) -> None:
-        """Open the data of all tasks, so that what is missing is known before the first is trained."""
-        for name in names:
-            self._run(self.file.tasks[name], lambda _, model, data: data.prepare_data() or data.setup("fit"))
-
     def start(self) -> Path:
-        """The file with the weights that the first task starts from."""
+        """The file with the weights that the first task starts from.
+
+        The data of all tasks are opened first, so that what is missing is known before anything is trained.
+        """
+        for name in self.names:
+            self._run(self.file.tasks[name], _open_data)
         if self.given is not None:
             self.first = Path(self.given)
         elif self.file.pretrain is not None:
@@ -137,8 +137,7 @@ class _Sequence:
         else:
             self.first = self.home / "start.safetensors"
             if not self.first.exists():
-                changes = self.file.tasks[self.file.order[0]]
-                self._run(changes, lambda _, model, data: save_weights(model, self.first))
+                self._run(self.file.tasks[self.names[0]], lambda _, model, __: save_weights(model, self.first))
         return self.first
 
     def train(self, name: str, start: Path, folder: Path, seed: int) -> Trained:
@@ -173,7 +172,7 @@ class _Sequence:
 
     def log(self, result: ContinualResult) -> None:
         """Log the result to the loggers that the config names."""
-        changes = {**self.file.tasks[result.names[0]], "trainer.callbacks": None}
+        changes = {**self.file.tasks[self.names[0]], "trainer.callbacks": None}
         RunCLI(
             self.file.path,
             {"seed_everything": self.seed, **changes},
@@ -194,6 +193,12 @@ class _Sequence:
         quiet = {"trainer.logger": False, "trainer.callbacks": None, "trainer.enable_progress_bar": False}
         with TemporaryDirectory() as scratch:
             RunCLI(self.file.path, {"seed_everything": self.seed, **setting, **quiet}, Path(scratch), "", work=work)
+
+
+def _open_data(_: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
 
 
 def _print(result: ContinualResult) -> None:

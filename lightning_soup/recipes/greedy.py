@@ -22,8 +22,8 @@ class GreedySoup(Recipe):
 
     Recipe 1 of the paper: sort θ₁..θ_k by held-out accuracy, best first; keep θᵢ if
     ValAcc(average(S ∪ {θᵢ})) ≥ ValAcc(average(S)). On the selection data the result is never below the best single
-    ingredient. Costs 2k − 1 evaluations; each candidate is one read of one ingredient, since the sum of those kept is
-    held in float64.
+    ingredient. Costs 2k − 1 evaluations. A candidate touches one file only, since the sum of those kept is held in
+    float64: it is read for the average, then from the system's cache for the distance, and for the sum if it is kept.
 
     Args:
         strict: Keep a candidate only if it is better (``>``), as the released code does, instead of at least as good
