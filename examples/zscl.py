@@ -1,9 +1,9 @@
 """ZSCL on five styles of real digits, against what it is made of and what it is compared with.
 
-    python examples/zscl.py --seeds 3
+    python examples/zscl.py
 
 Each seed pre-trains a tiny CLIP on all styles (300 digits), then every method learns the styles one after the other
-(500 digits each) and is judged on all five after each: about five minutes a seed on one core; finished parts are not
+(500 digits each) and is judged on all five after each: about two minutes a seed on one core; finished parts are not
 repeated. ``--write`` puts the tables into RESULTS.md beside this file.
 """
 
@@ -145,7 +145,7 @@ def claims(results: Table) -> list[tuple[str, bool]]:
 def main() -> None:
     """Run, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="two or more")
+    parser.add_argument("--seeds", type=int, default=5, help="two or more")
     parser.add_argument("--folder", type=Path, default=Path("runs/zscl"))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def commands():
     shell = "\n".join(code for language, code in FENCES if language in ("bash", "sh", "shell", "console", ""))
     parts = re.split(r"&&|;|\n", re.sub(r"\\\n", " ", shell))
     words = [shlex.split(part.strip().removeprefix("$ "), comments=True) for part in parts]
+    words = [list(dropwhile(re.compile(r"[A-Z_]+=").match, found)) for found in words]  # without variables
     return [found[1:] for found in words if found[:1] == ["lightning-soup"]]
 
 
