@@ -1,5 +1,6 @@
 """`lightning-soup continual`: train a list of tasks in order, each from the weights of the one before."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from lightning_soup.evaluation.own_loops import no_notices
 from lightning_soup.progress import progress_lines, rich_progress
 from lightning_soup.runs.continual import ContinualResult, run_continual
 from lightning_soup.runs.sweep import check_numbers
-from lightning_soup.runs.sweep_run import Trained
+from lightning_soup.runs.sweep_run import RUN_FILE, Trained
 from lightning_soup.runs.task_file import TaskFile, read_task_file
 from lightning_soup.runs.tracking import log_continual
 from lightning_soup.weights import open_checkpoint, save_weights
@@ -74,12 +75,14 @@ def continual(
     """
     file = read_task_file(config_file)
     names = file.ordered(order)
+    given = None if start is None else open_checkpoint(start)
     seed = file.seed if seed is None else seed
     check_numbers(1, seed, len(names))
     home = Path("runs", file.path.stem) if folder is None else Path(folder)
     settings = [file.tasks[name] for name in names]
-    parsed = check_settings(file.path, file.path, [*settings, *([] if file.pretrain is None else [file.pretrain])])
-    sequence = _Sequence(file, names, home, seed, _options(file, parsed), start and str(open_checkpoint(start).path))
+    every = check_settings(file.path, file.path, [*settings, *([] if file.pretrain is None else [file.pretrain])])
+    parsed, options = every[0], {name: _options(file, one) for name, one in zip(names, every, strict=False)}
+    sequence = _Sequence(file, names, home, seed, options, given and str(given.path))
     bar = parsed.trainer.enable_progress_bar is not False  # Lightning's own is on the screen then
     with no_notices(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -90,7 +93,7 @@ def continual(
             sequence.judge,
             home,
             seed=seed,
-            fingerprint=fingerprint(file.path, [*settings, {"start": start}]),
+            fingerprint=fingerprint(file.path, settings) + (f" {given.digest()}" if given else ""),
             notes={"config": str(file.path), "model": parsed.model.as_dict(), "tasks": file.tasks},
             progress=progress_lines if bar else rich_progress,
         )
@@ -119,32 +122,45 @@ class _Sequence:
     names: Sequence[str]
     home: Path
     seed: int
-    options: Mapping[str, Any]
+    options: Mapping[str, Mapping[str, Any]]
     given: str | None
     first: Path | None = field(default=None, init=False)
 
     def start(self) -> Path:
-        """The file with the weights that the first task starts from.
-
-        The data of all tasks are opened first, so that what is missing is known before anything is trained.
-        """
-        for name in self.names:
-            self._run(self.file.tasks[name], _open_data)
-        if self.given is not None:
-            self.first = Path(self.given)
-        elif self.file.pretrain is not None:
+        """The file with the weights that the first task starts from."""
+        if not any(self.home.rglob(RUN_FILE)):
+            for name in self.names:
+                self._rehearse(name)
+        if self.given is None and self.file.pretrain is not None:
             self.first = train_once(self.file.path, self.file.pretrain, self.home / "pretrain", self.seed)
-        else:
-            self.first = self.home / "start.safetensors"
-            if not self.first.exists():
-                self._run(self.file.tasks[self.names[0]], lambda _, model, __: save_weights(model, self.first))
+            return self.first
+        self.first = self.home / "start.safetensors"
+        if not self.first.exists():
+            name = self.names[0]
+            # A given file may name its tensors otherwise; a copy as the model names them can be interpolated with.
+            changes = {**self.file.tasks[name], **({} if self.given is None else self._from(name, Path(self.given)))}
+            self._run(changes, lambda _, model, __: save_weights(model, self.first))
         return self.first
+
+    def _rehearse(self, name: str) -> None:
+        """Train a task for no step and test one batch, so that what cannot be is found before any training."""
+        with TemporaryDirectory() as scratch:
+            file = Path(scratch, "random.safetensors")
+            off = {"model.pretrained": self._off(name)} if "pretrained" in self.options[name] else {}
+            self._run({**self.file.tasks[name], **off}, lambda _, model, __: save_weights(model, file))
+            setting = {**self._setting(name, file, teacher=file), "trainer.max_steps": 0, "trainer.max_epochs": -1}
+            self._run({**setting, "trainer.num_sanity_val_steps": 0}, _fit)
+            self.judge(name, file, {"trainer.limit_test_batches": 1})
+
+    def _setting(self, name: str, start: Path, teacher: Path) -> dict[str, Any]:
+        setting = {**self.file.tasks[name], **self._from(name, start)}
+        if self.options[name].get("teacher", "") is None:
+            setting.setdefault("model.teacher", str(teacher))
+        return setting
 
     def train(self, name: str, start: Path, folder: Path, seed: int) -> Trained:
         """Train a task from a file of weights."""
-        setting = {**self.file.tasks[name], **self._from(start)}
-        if self.options.get("teacher", "") is None:
-            setting.setdefault("model.teacher", str(self.first))
+        setting = self._setting(name, start, self.first)
         trained = train_setting(setting, folder, seed, base=self.file.path, group=self.home.name)
         alpha = self.file.wise_ft
         if alpha == 1:
@@ -153,7 +169,7 @@ class _Sequence:
         save_combination([trained.checkpoint, start], [alpha, 1 - alpha], path)
         return Trained(trained.metrics, path)
 
-    def judge(self, name: str, checkpoint: Path) -> float:
+    def judge(self, name: str, checkpoint: Path, options: Mapping[str, Any] | None = None) -> float:
         """Accuracy of a file of weights on the test data of a task."""
         found: dict[str, Any] = {}
 
@@ -161,14 +177,20 @@ class _Sequence:
             trainer.test(model, datamodule=datamodule, verbose=False)
             found.update(trainer.callback_metrics)
 
-        self._run({**self.file.tasks[name], **self._from(checkpoint)}, test)
+        self._run({**self.file.tasks[name], **self._from(name, checkpoint), **(options or {})}, test)
         metric = self.file.metric
         if metric not in found:
             raise UnsupportedSetup(
                 f"{self.file.path}: continual.metric is {metric!r}, but testing the task {name!r} logged "
                 f"{', '.join(sorted(found)) or 'nothing'}."
             )
-        return float(found[metric])
+        value = float(found[metric])
+        if not 0 <= value <= 1:
+            raise UnsupportedSetup(
+                f"{self.file.path}: continual.metric is {metric!r}, which is {value:.4g} on {name!r}; expected "
+                "an accuracy from 0 to 1."
+            )
+        return value
 
     def log(self, result: ContinualResult) -> None:
         """Log the result to the loggers that the config names."""
@@ -181,12 +203,16 @@ class _Sequence:
             work=lambda trainer, *_: log_continual(trainer.loggers, result),
         )
 
-    def _from(self, checkpoint: Path) -> dict[str, Any]:
+    def _from(self, name: str, checkpoint: Path) -> dict[str, Any]:
         """The options by which a model starts from a file."""
         changes: dict[str, Any] = {"model.checkpoint_path": str(checkpoint)}
-        if "pretrained" in self.options:  # a tag, or a flag
-            changes["model.pretrained"] = False if isinstance(self.options["pretrained"], bool) else None
+        if "pretrained" in self.options[name]:
+            changes["model.pretrained"] = self._off(name)
         return changes
+
+    def _off(self, name: str) -> bool | None:
+        """The value that switches off ``pretrained``, which is a tag or a flag."""
+        return False if isinstance(self.options[name]["pretrained"], bool) else None
 
     def _run(self, setting: Mapping[str, Any], work: Any) -> None:
         """Build trainer, model and data of a setting, and do something that leaves no trace with them."""
@@ -195,20 +221,19 @@ class _Sequence:
             RunCLI(self.file.path, {"seed_everything": self.seed, **setting, **quiet}, Path(scratch), "", work=work)
 
 
-def _open_data(_: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-    if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+def _fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    trainer.fit(model, datamodule=datamodule)
 
 
 def _print(result: ContinualResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("accuracy, %", *result.names, title=plain(result.folder))
+    table = Table("accuracy, %", *map(plain, result.names), title=plain(result.folder))
     for label, row in result.rows.items():
-        table.add_row(label, *(f"{row[name]:.1f}" for name in result.names))
-    numbers = Table("", "Transfer", "Avg", "Last")
+        table.add_row(plain(label), *(f"{row[name]:.1f}" for name in result.names))
+    numbers = Table("", "Transfer", "Avg", "Last", "Forget")
     for label, found in {"zero-shot": result.zero_shot_metrics, "after training": result.metrics}.items():
-        numbers.add_row(label, *(f"{value:.1f}" for value in (found.transfer, found.average, found.last)))
+        values = (found.transfer, found.average, found.last, found.forget)
+        numbers.add_row(label, *("-" if math.isnan(value) else f"{value:.1f}" for value in values))
     Console().print(table, numbers, f"Written: {plain(result.folder / 'continual.json')} and pictures beside it.")

@@ -70,7 +70,7 @@ def sweep(
         goal: Literal["max", "min"] = "min" if file.goal == "minimize" else "max"
         mode = goal if told else direction(metric or "val_acc")
     metric = metric or file.metric or "val_acc"
-    config = check_settings(Path(base), file.path, settings)
+    config, *_ = check_settings(Path(base), file.path, settings)
     name = re.sub(r"[^\w.-]+", "-", file.name).strip(".-") or "sweep"
     with no_notices():
         result = run_sweep(

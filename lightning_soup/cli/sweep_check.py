@@ -17,7 +17,7 @@ from lightning_soup.runs.sweep_file import read_yaml
 __all__ = ["check_settings"]
 
 
-def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str, Any]]) -> Namespace:
+def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str, Any]]) -> list[Namespace]:
     """Parse every setting as `lightning-soup fit` would, without building anything.
 
     Args:
@@ -26,7 +26,7 @@ def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str,
         settings: Values by dotted name.
 
     Returns:
-        The parsed config of the first setting.
+        The parsed config of each setting.
 
     Raises:
         UnsupportedSetup: The base config is missing or wrong, a parameter of the sweep is none of its
@@ -46,7 +46,7 @@ def check_settings(base: Path, sweep_file: Path, settings: Sequence[Mapping[str,
             raise UnsupportedSetup(_explain(parser, base, sweep_file, setting, error)) from None
         _refuse_what_sweeps_cannot(base, parsed[-1])
     _warn_of_several_splits(sweep_file, settings)
-    return parsed[0]
+    return parsed
 
 
 def _parse(parser: ArgumentParser, base: Path, setting: Mapping[str, Any]) -> Namespace:

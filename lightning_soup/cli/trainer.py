@@ -76,6 +76,11 @@ class SoupTrainer(Trainer):
             raise UnsupportedSetup(
                 "soup needs a data module with validation data (--data). Without, cook from files only."
             )
+        if not is_overridden("val_dataloader", datamodule):
+            raise UnsupportedSetup(
+                f"soup chooses on validation data, but {type(datamodule).__name__} has no val_dataloader(). Add one, "
+                "or cook from files only, without --config, --model and --data."
+            )
         if recalibrate and not is_overridden("train_dataloader", datamodule):
             raise UnsupportedSetup(
                 f"soup with recalibrate estimates BatchNorm statistics on training data, but "

@@ -97,11 +97,11 @@ class DigitStylesDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
-        return DataLoader(self._train, self.batch_size, shuffle=True)
+        return DataLoader(self._train, batch_size=self.batch_size, shuffle=True)
 
     def test_dataloader(self) -> list[DataLoader]:
         """The test set."""
-        return [DataLoader(self._test, EVAL_BATCH_SIZE)]
+        return [DataLoader(self._test, batch_size=EVAL_BATCH_SIZE)]  # by name: Lightning's predict sets it anew
 
     def predict_dataloader(self) -> DataLoader:
         """The test set."""

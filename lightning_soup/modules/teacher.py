@@ -55,7 +55,8 @@ class Teacher:
             UnsupportedSetup: A tensor differs.
         """
         own, other = (
-            {name: tuple(value.shape) for name, value in model.state_dict().items()} for model in (self.model, student)
+            {name.replace("_orig_mod.", ""): tuple(value.shape) for name, value in model.state_dict().items()}
+            for model in (self.model, student)
         )
         if differing := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
             name = differing[0]

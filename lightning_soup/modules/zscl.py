@@ -218,9 +218,15 @@ class ZSCL(CLIPClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep θ_start, the place in the reference, and which teacher it was. The teacher itself is not written."""
-        checkpoint[_STATE] = {"position": self._position, "start": dict(self._start or {})}
+        resumable = "optimizer_states" in checkpoint  # θ_start would double a file of weights only, for nothing
+        checkpoint[_STATE] = {"position": self._position, "start": dict(self._start or {}) if resumable else {}}
         if self._teacher is not None:
             checkpoint[_STATE]["teacher"] = self._teacher.digest
+        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        known = inspect.signature(type(self)).parameters
+        for name in inspect.signature(CLIPClassifier).parameters:  # LightningCLI passes all of them to the class
+            if name not in known:
+                hparams.pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with θ_start and the reference where training was ended.

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation.continual import ContinualMetrics, continual_metrics
 from lightning_soup.progress import Progress, silent
 from lightning_soup.runs.report_json import plain, versions
-from lightning_soup.runs.sweep import check_numbers
+from lightning_soup.runs.sweep import check_numbers, make_folder
 from lightning_soup.runs.sweep_run import (
     ERROR_FILE,
     Run,
@@ -30,10 +31,16 @@ from lightning_soup.runs.sweep_run import (
 )
 from lightning_soup.weights.atomic import atomic_path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 __all__ = ["ContinualResult", "JudgeTask", "TrainTask", "run_continual"]
 
 ZERO_SHOT = "zero-shot"
 _ORDER_FILE, _CELLS_FILE, _RESULT_FILE = "order.json", "accuracies.json", "continual.json"
+_LOCK_FILE = ".lock"
 
 
 class TrainTask(Protocol):
@@ -126,15 +133,33 @@ def run_continual(
     names, folder = tuple(names), Path(folder)
     _check_names(names)
     check_numbers(1, seed, len(names))
-    _claim(folder, names, seed, fingerprint)
-    first = start()
-    matrix: dict[str, dict[str, float]] = {}
-    result = ContinualResult(folder, names, {}, _read_cells(folder), matrix, notes or {})
-    steps = _steps(result, first, train, judge, seed)
-    for _ in progress(steps, "Training and judging tasks", total=len(names) * (len(names) + 2)):
-        pass
-    _write_result(result)
+    make_folder(folder)
+    with _alone(folder):
+        _claim(folder, names, seed, fingerprint)
+        first = start()
+        matrix: dict[str, dict[str, float]] = {}
+        result = ContinualResult(folder, names, {}, _read_cells(folder), matrix, notes or {})
+        steps = _steps(result, first, train, judge, seed)
+        for _ in progress(steps, "Training and judging tasks", total=len(names) * (len(names) + 2)):
+            pass
+        _write_result(result)
     return result
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process works in. The system lets go of the lock when a process ends, however."""
+    with open(folder / _LOCK_FILE, "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UnsupportedSetup(
+                    f"{folder}: another process is working in this folder. Wait for its end, or give another folder."
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def _steps(result: ContinualResult, start: Path, train: TrainTask, judge: JudgeTask, seed: int) -> Iterator[None]:
@@ -164,8 +189,8 @@ def _train(task: Task, start: Path, train: TrainTask) -> Run:
         raise
     if run.error is not None:
         raise LightningSoupError(
-            f"Training task {name!r} failed: {run.error}. The whole message is in {task.folder / ERROR_FILE}. Once its "
-            "cause is removed, the same command goes on from here."
+            f"Training task {name!r} failed: {run.error.rstrip('.')}. The whole message is in {task.folder / ERROR_FILE}. "
+            "Once its cause is removed, the same command goes on from here."
         )
     return run
 
@@ -196,7 +221,9 @@ def _check_names(names: Sequence[str]) -> None:
     if not names:
         raise UnsupportedSetup("no tasks to train; a continual run needs at least one.")
     files = [_file_name(name).lower() for name in names]
-    twice = sorted({name for name, file in zip(names, files, strict=True) if files.count(file) > 1})
+    keys = [re.sub(r"[^\w.-]+", "_", name) for name in names]  # what trackers call them
+    pairs = zip(names, files, keys, strict=True)
+    twice = sorted({name for name, file, key in pairs if files.count(file) > 1 or keys.count(key) > 1})
     if twice or "" in files:
         raise UnsupportedSetup(
             f"The names of the tasks collide: {', '.join(twice or names)}. Each needs a name of its own, of letters "
@@ -219,8 +246,9 @@ def _claim(folder: Path, names: Sequence[str], seed: int, fingerprint: str) -> N
     if theirs == ours:
         return
     if theirs.get("order") != ours["order"]:
+        before = map(str, theirs["order"]) if isinstance(theirs.get("order"), list) else ["?"]
         raise UnsupportedSetup(
-            f"{folder} holds a run of the tasks {', '.join(map(str, theirs.get('order') or ['?']))}; now the order is "
+            f"{folder} holds a run of the tasks {', '.join(before)}; now the order is "
             f"{', '.join(names)}. Every task starts from the weights of the one before, so this cannot go on there. "
             "Give the order of the first time, or another folder."
         )

@@ -104,7 +104,7 @@ def run_sweep(
     if not settings:
         raise UnsupportedSetup("no settings to train; a sweep needs at least one.")
     folder = Path(folder)
-    _check_writable(folder)
+    make_folder(folder)
     tasks = []
     for index, setting in enumerate(settings):
         identity = canonical([setting, seed + index, fingerprint])
@@ -131,13 +131,18 @@ def check_numbers(jobs: int, seed: int, runs: int) -> None:
         raise UnsupportedSetup(f"seed is {seed}; expected a number from 0 to {_LARGEST_SEED - runs}.")
 
 
-def _check_writable(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make the folder of many trainings.
+
+    Raises:
+        UnwritableOutput: It cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UnwritableOutput(f"{folder}: this folder cannot be created: {error.strerror}.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UnwritableOutput(f"{folder}: no permission to write; give the sweep another folder.")
+        raise UnwritableOutput(f"{folder}: no permission to write; give another folder.")
 
 
 def _here(tasks: Sequence[Task], train: Train) -> Iterator[Run]:

@@ -125,7 +125,7 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
         UnsupportedSetup: It is missing, unreadable, or something else.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise UnsupportedSetup(f"{path}: no such {kind}.") from None
     except UnicodeDecodeError as error:
@@ -138,6 +138,17 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
         found = "nothing" if config is None else f"a {type(config).__name__}"
         raise UnsupportedSetup(f"{path}: not a {kind}: expected a mapping from names to values; found {found}.")
     return config
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of two equal keys YAML's loader silently keeps the last: one of two tasks of a name would be lost."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and keys.count((key.tag, key.value)) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+        super().flatten_mapping(node)
 
 
 def _flatten(block: Any, where: str, prefix: str) -> dict[str, Parameter]:

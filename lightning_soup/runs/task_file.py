@@ -109,6 +109,8 @@ def _resolve(
 ) -> tuple[str, ...]:
     if isinstance(order, str | int) and str(order) in orders:
         return orders[str(order)]
+    if isinstance(order, str) and order.startswith("[") and order not in tasks:  # numbers, as a command line gives them
+        order = [part.strip() for part in order.strip("[]").split(",")]
     names = [order] if isinstance(order, str | int) else order
     known = f"Tasks: {', '.join(tasks)}." + (f" Orders: {', '.join(orders)}." if orders else "")
     if not isinstance(names, Sequence) or not names:

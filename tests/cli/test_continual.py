@@ -47,6 +47,8 @@ class Watched(ZSCL):
 
     def on_fit_start(self):
         super().on_fit_start()
+        if self.trainer.max_steps == 0:  # a rehearsal
+            return
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         teacher = None if self._teacher is None else self._teacher.model.state_dict()
         Watched.trainings.append({"start": weights, "teacher": teacher, "names": self.classnames})
@@ -174,6 +176,7 @@ def test_a_start_of_ones_own(tmp_path):
     assert same(only["teacher"], tmp_path / "mine.safetensors")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_ones_own_stays(tmp_path):
     torch.manual_seed(9)
     save_weights(ZSCL(model_config=TINY_CLIP, classnames=ROWS, distillation=0), tmp_path / "mine.safetensors")
@@ -181,6 +184,7 @@ def test_a_teacher_of_ones_own_stays(tmp_path):
     assert all(same(training["teacher"], tmp_path / "mine.safetensors") for training in Watched.trainings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--order=[columns, rows]"], ["--order=rows"]])
 def test_another_order_in_the_same_folder_is_refused(arguments):
     run()
@@ -188,6 +192,7 @@ def test_another_order_in_the_same_folder_is_refused(arguments):
         run(*arguments)
 
 
+@pytest.mark.slow
 def test_other_options_in_the_same_folder_are_refused():
     run()
     with pytest.raises(UnsupportedSetup, match="holds a run with another seed"):
@@ -210,14 +215,77 @@ WRONG = [
     ({"tasks": {**TASKS, "Rows": {}}}, [], "collide"),
     ({}, ["--seed=-1"], "seed is -1"),
     ({}, ["--order=diagonals"], "no task diagonals"),
+    ({"metric": "test_loss"}, [], "expected an accuracy from 0 to 1"),
+    ({"tasks": {**TASKS, "later": {**TASKS["rows"], "model.teacher": "gone.ckpt"}}}, [], r"gone\.ckpt"),
+    ({"pretrain": TASKS["rows"], "tasks": {"rows": {**TASKS["rows"], "model.reference": None}}}, [], "needs reference"),
 ]
 
 
 @pytest.mark.parametrize(("section", "arguments", "message"), WRONG, ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_found_before_any_task_is_trained(section, arguments, message):
-    with pytest.raises(UnsupportedSetup, match=message):
+    with pytest.raises((UnsupportedSetup, UnreadableCheckpoint), match=message):
         run(*arguments, **section)
     assert not Watched.trainings
+
+
+def bare_start(tmp_path, seed=9):
+    """A file as open_clip writes it, without the prefix of a module."""
+    torch.manual_seed(seed)
+    model = ZSCL(model_config=TINY_CLIP, classnames=ROWS, distillation=0).model
+    path = tmp_path / f"bare-{seed}"
+    path.mkdir(exist_ok=True)
+    torch.save(model.half().state_dict(), path / "model.pt")
+    return path
+
+
+def test_wise_ft_from_a_bare_start_in_half_precision(tmp_path):
+    result = run(f"--start={bare_start(tmp_path) / 'model.pt'}", wise_ft=0.5)
+    assert result.checkpoints["rows"].name == "wise_ft.safetensors"
+    assert same(Watched.trainings[0]["start"], result.folder / "start.safetensors")
+
+
+@pytest.mark.slow
+def test_another_start_in_a_folder_is_another_run(tmp_path):
+    run(f"--start={bare_start(tmp_path)}", "--folder=out")
+    run(f"--start={bare_start(tmp_path)}", "--folder=out")
+    for arguments in ([f"--start={bare_start(tmp_path, 8)}"], []):
+        with pytest.raises(UnsupportedSetup, match="other files"):
+            run(*arguments, "--folder=out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later", [{}, {"model.init_args.teacher": "mine.safetensors"}])
+def test_each_task_has_its_own_teacher_or_the_first_start(tmp_path, later):
+    torch.manual_seed(9)
+    save_weights(ZSCL(model_config=TINY_CLIP, classnames=ROWS, distillation=0), tmp_path / "mine.safetensors")
+    first = {} if later else {"model.teacher": "mine.safetensors"}
+    result = run(tasks={"rows": {**TASKS["rows"], **first}, "columns": {**TASKS["columns"], **later}})
+    start = result.folder / "start.safetensors"
+    expected = [start, "mine.safetensors"] if later else ["mine.safetensors", start]
+    assert all(same(one["teacher"], file) for one, file in zip(Watched.trainings, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_names_that_are_markup_are_shown_as_they_are(capsys):
+    result = run(tasks={"rows [/b]": TASKS["rows"], "[red]x": TASKS["columns"]})
+    shown = capsys.readouterr().out
+    assert "after rows [/b]" in shown
+    assert "[red]x" in shown
+    assert "Forget" in shown
+    assert list(result.matrix) == ["rows [/b]", "[red]x"]
+
+
+@pytest.mark.slow
+def test_tasks_with_numbers_for_names():
+    result = run("--order=[2, 1]", tasks={1: TASKS["rows"], 2: TASKS["columns"]})
+    assert result.names == ("2", "1")
+
+
+def test_a_task_that_is_there_twice(tmp_path):
+    write_yaml(CONFIG, config())
+    CONFIG.write_text(CONFIG.read_text().replace("columns:", "rows:"))
+    with pytest.raises(UnsupportedSetup, match="the key rows is there twice"):
+        continual("tasks.yaml")
 
 
 def test_a_start_that_is_no_checkpoint():
@@ -238,6 +306,7 @@ def test_data_that_is_missing_is_found_before_the_first_task_is_trained():
     assert not Watched.trainings
 
 
+@pytest.mark.slow
 def test_loggers_get_the_result():
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
     content = config()

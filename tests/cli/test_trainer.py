@@ -121,6 +121,15 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path, monk
         )
 
 
+def test_data_without_validation_are_refused(tmp_path):
+    class NoValidation(LightningDataModule):
+        def train_dataloader(self):
+            return TinyData().train_dataloader()
+
+    with pytest.raises(UnsupportedSetup, match=r"NoValidation has no val_dataloader\(\)"):
+        SoupTrainer(**QUIET).soup(TinyClassifier(), NoValidation(), ingredients=["x"], output=str(tmp_path / "s.pt"))
+
+
 def test_more_than_one_device_is_refused(tmp_path):
     trainer = SoupTrainer(**{**QUIET, "devices": 2, "strategy": "ddp_fork"})
     with pytest.raises(UnsupportedSetup, match=r"--trainer\.devices=1"):

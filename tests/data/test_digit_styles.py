@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from lightning_soup.data.digit_images import read_images
-from lightning_soup.data.digit_styles import STYLES, DigitStyleReference, DigitStylesDataModule, digits
+from lightning_soup.data.digit_styles import STYLES, DigitStyleReference, DigitStylesDataModule, class_names, digits
 from lightning_soup.data.handwriting import MEAN, STD
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.modules import CLIPClassifier
+from tests.helpers.trainers import quiet_trainer
 
 PARTS = {"pretrain": 300, "reference": 300, "train": 500, "test": 630}
 
@@ -163,3 +165,13 @@ def test_the_reference_belongs_to_no_task():
     plain = set(keys(digits("reference", 4)[0]))
     for part in ("train", "pretrain", "test"):
         assert not plain & set(keys(digits(part, 4)[0]))
+
+
+def test_predict():
+    """Lightning builds the loader of predict anew, from how it was built."""
+    vision = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 14, "image_size": 28}
+    text = {"context_length": 8, "width": 8, "heads": 1, "layers": 1}
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
+    model = CLIPClassifier(model_config=config, templates=["{}"], classnames=class_names("plain"))
+    found = quiet_trainer().predict(model, datamodule=DigitStylesDataModule("plain"))
+    assert sum(map(len, found)) == 630

@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -264,6 +265,25 @@ def _on_a_rank(teacher):
     ddp = trainer.strategy.model
     inside = sum(parameter.numel() for parameter in (ddp or model).parameters())
     return {name: value.tolist() for name, value in model.state_dict().items()}, images.sum().item(), inside
+
+
+def test_a_checkpoint_names_no_option_that_the_class_lacks(teacher, tmp_path):
+    """LightningCLI builds the model of `test --ckpt_path` from all of them."""
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(tiny_zscl(teacher=teacher), datamodule=RowData())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    found = torch.load(tmp_path / "end.ckpt", weights_only=True)["hyper_parameters"]
+    assert not found.keys() - inspect.signature(ZSCL).parameters.keys()
+    assert found["distillation"] == 1.0
+
+
+def test_a_file_of_weights_only_holds_no_second_set_of_weights(teacher, tmp_path):
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(tiny_zscl(teacher=teacher), datamodule=RowData())
+    for weights_only in (True, False):
+        trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+        found = torch.load(tmp_path / "end.ckpt", weights_only=True)
+        assert bool(found["zscl"]["start"]) is not weights_only
 
 
 def test_ranks_agree_and_see_other_reference_images(teacher):

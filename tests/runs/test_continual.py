@@ -199,3 +199,27 @@ def test_progress_counts_everything(world):
 
     world.run(progress=progress)
     assert seen[0] == len(seen) - 1 == 15
+
+
+def test_names_that_trackers_take_for_one_are_refused(world):
+    with pytest.raises(UnsupportedSetup, match="collide: a b, a_b"):
+        world.run(["a b", "a_b"])
+
+
+def test_a_record_of_something_else(world):
+    world.folder.mkdir()
+    (world.folder / "order.json").write_text('{"order": 5}')
+    with pytest.raises(UnsupportedSetup, match="holds a run of the tasks"):
+        world.run()
+
+
+def test_two_processes_in_one_folder(world):
+    class Other(World):
+        def train(self, name, start, folder, seed):
+            with pytest.raises(UnsupportedSetup, match="another process is working in this folder"):
+                world.run()
+            return super().train(name, start, folder, seed)
+
+    Other(world.folder).run()
+    assert world.trained == []
+    world.run()
