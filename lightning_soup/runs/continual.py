@@ -188,8 +188,9 @@ def _train(task: Task, start: Path, train: TrainTask) -> Run:
         discard_unfinished(task)
         raise
     if run.error is not None:
+        why, where = run.error.rstrip("."), task.folder / ERROR_FILE
         raise LightningSoupError(
-            f"Training task {name!r} failed: {run.error.rstrip('.')}. The whole message is in {task.folder / ERROR_FILE}. "
+            f"Training task {name!r} failed: {why}. The whole message is in {where}. "
             "Once its cause is removed, the same command goes on from here."
         )
     return run

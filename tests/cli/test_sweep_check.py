@@ -33,7 +33,7 @@ def config():
 
 
 def check(tmp_path, config, *settings):
-    return check_settings(write_yaml(tmp_path / "base.yaml", config), tmp_path / "sweep.yaml", settings)
+    return check_settings(write_yaml(tmp_path / "base.yaml", config), tmp_path / "sweep.yaml", settings)[0]
 
 
 def test_both_ways_to_name_an_option_reach_it_and_nothing_is_built(tmp_path, config):
