@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "lightning_soup.callbacks": (
         "EqualAverage",
+        "ExpertsWeightAveraging",
         "ExponentialAverage",
         "LatestAverage",
         "LiveAverage",
@@ -27,6 +28,7 @@ _ROOMS = {
         "TorchvisionDataModule",
     ),
     "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "Robustness", "paired_bootstrap"),
+    "lightning_soup.layers": ("convert_to_dense", "use_experts"),
     "lightning_soup.modules": ("CLIPClassifier", "ImageClassifier", "ZSCL"),
     "lightning_soup.recipes": (
         "GreedySoup",

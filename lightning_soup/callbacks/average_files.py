@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_soup.callbacks.averaged_tensors import Group, Slot
+from lightning_soup.callbacks.expert_files import add_dense
 from lightning_soup.callbacks.shadow import new_shadow
 from lightning_soup.errors import IncompatibleIngredients, UnsupportedSetup
 from lightning_soup.weights.weights_file import clean_names
@@ -50,6 +51,7 @@ def save(average: "AverageOfModule", trainer: Trainer, checkpoint: dict[str, Any
             held, other = checkpoint["state_dict"], _other_half(average, trainer)
             scored, live = (held, other) if average.placed else (other, held)
             checkpoint["state_dict"] = scored
+            add_dense(checkpoint)
             checkpoint[LIVE_KEY] = _whole_state(live, trainer)
             checkpoint[_LIGHTNING_KEY] = {"n_averaged": torch.tensor(average.samples)}
     checkpoint["callbacks"][rule.state_key] = {
@@ -255,6 +257,7 @@ class AverageOnly(_WrappingCheckpointIO):
         average = self.rule._average
         if "callbacks" not in checkpoint and average is not None and average.samples > 0 and not average.placed:
             checkpoint = {**checkpoint, "state_dict": _other_half(average, self.trainer)}
+            add_dense(checkpoint)
         self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def teardown(self) -> None:

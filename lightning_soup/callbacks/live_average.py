@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_soup.callbacks import average_files
@@ -15,6 +14,7 @@ from lightning_soup.callbacks.average_of_module import AverageOfModule
 from lightning_soup.callbacks.recalibration import check_batch_norm
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.shadow import RunningMean, Shadow
+from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
 
@@ -150,7 +150,8 @@ class LiveAverage(Callback):
         if stage != "fit":
             return
         self._average = self._loaded = None
-        check_strategy(trainer, self)
+        why = "it keeps parameters in flattened or hidden shards"
+        check_strategy(trainer, type(self).__name__, why, shards=True)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LiveAverage)]
         for what, claiming in (
             ("evaluate_on=[]", [average.name for average in averages if average.evaluate_on]),
@@ -308,19 +309,3 @@ class LiveAverage(Callback):
             self._loaded.restore_live(pl_module)
             if self._average is not None:  # strategies that shard load after on_fit_start
                 self._resume(pl_module)
-
-
-def check_strategy(trainer: Trainer, callback: Callback) -> None:
-    """Refuse strategies whose parameters cannot be averaged in place.
-
-    Raises:
-        UnsupportedSetup: The strategy is not among those that are served.
-    """
-    strategy = trainer.strategy
-    served = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-    if served and not isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy
-        return
-    raise UnsupportedSetup(
-        f"{type(callback).__name__} does not work with {type(strategy).__name__}: it keeps parameters in flattened or "
-        "hidden shards. Use one device, strategy='ddp', or ModelParallelStrategy (FSDP2)."
-    )

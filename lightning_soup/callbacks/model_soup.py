@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_soup.callbacks.model_soup_checks import (
     WatchedMetric,
     check_kept_files,
-    check_strategy,
     check_training_ends,
     check_writable_on_rank_zero,
     checkpoint_callback,
 )
+from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
@@ -103,7 +103,8 @@ class ModelSoup(Callback):
         """Refuse what cannot work before any training."""
         if stage != "fit" or trainer.fast_dev_run:
             return
-        check_strategy(trainer)
+        instead = "soup the checkpoints after training"
+        check_strategy(trainer, type(self).__name__, "its checkpoints are sharded", instead=instead)
         if self.last is None:
             check_kept_files(trainer)
         if self._purpose() and not (self._metric(trainer)[0] and trainer.enable_validation):

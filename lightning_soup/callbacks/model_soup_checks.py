@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,16 +19,6 @@ def checkpoint_callback(trainer: Trainer) -> ModelCheckpoint | None:
     found = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     scored = [callback for callback in found if callback.monitor is not None and callback.save_top_k not in (0, 1)]
     return (scored or found or [None])[0]
-
-
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies whose checkpoints are sharded."""
-    plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not plain or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a DDPStrategy
-        raise UnsupportedSetup(
-            f"ModelSoup does not work with {type(trainer.strategy).__name__}: its checkpoints are sharded. Use one "
-            "device or DDP, or soup the checkpoints after training."
-        )
 
 
 def check_kept_files(trainer: Trainer) -> None:

@@ -19,6 +19,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _RAW_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "net")
 WEIGHT_KEYS = _RAW_KEYS + _AVERAGE_KEYS
+DENSE_KEY = "dense_state_dict"
+"""Where a checkpoint of a model with experts holds the plain model."""
 
 
 def open_file(path: Path, which: str) -> WeightsFile:
@@ -85,6 +87,8 @@ def find_weights(content: Any, path: Path, which: str) -> WeightsFile:
     keys = (_RAW_KEYS + _AVERAGE_KEYS) if which == "raw" or lightning else (_AVERAGE_KEYS + _RAW_KEYS)
     if lightning and which == "raw":  # Lightning's averaging callbacks put the average under state_dict
         keys = ("current_model_state", *keys)
+    elif lightning:
+        keys = (DENSE_KEY, *keys)
     for key in keys:
         if _is_weights(content.get(key)):
             beside = {name: value for name, value in content.items() if name != key}

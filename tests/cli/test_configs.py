@@ -15,6 +15,9 @@ COMMANDS = {
     "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "zscl_digits.yaml": ["fit"],
     "zscl_mtil.yaml": ["fit"],
+    "ewa_vit.yaml": ["fit"],
+    "ewa_vit_cifar100.yaml": ["fit"],
+    "ewa_finetune.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "weight_ensemble.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }

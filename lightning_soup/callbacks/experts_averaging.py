@@ -1,0 +1,268 @@
+"""ExpertsWeightAveraging: train feed-forward networks as experts that are averaged, ship the plain network."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import SGD
+
+from lightning_soup.callbacks import expert_files
+from lightning_soup.callbacks.model_soup import ModelSoup
+from lightning_soup.callbacks.schedule import Schedule, When, planned_time
+from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.callbacks.strategies import check_strategy
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.conversion import convert_to_dense, experts_of, use_experts
+from lightning_soup.layers.experts import average_experts_, check_share_rate, expert_spread
+from lightning_soup.layers.feed_forward import Layers
+from lightning_soup.layers.moe import RandomUniformMoE
+
+ShareRate = Callable[[int, int], float]
+"""β at a step, counted from 0, of so many."""
+
+_FAR = 0.1  # spread from which the mean network may not do what its experts did
+
+
+class ExpertsWeightAveraging(Callback):
+    """EWA: in training, feed-forward networks are N experts each; what is evaluated and shipped is the plain model.
+
+    Add it to any training of a ViT. Before the optimizer is made, the chosen feed-forward networks become
+    :class:`.RandomUniformMoE`: N networks of the same shape that share the tokens out at random, at the cost of one.
+    After every optimizer step the experts move towards their mean by the share rate β
+    (:func:`.average_experts_`). Validation sees the mean network, and when the fit ends the model has its former
+    architecture, keys and cost again, with the mean weights.
+
+    Checkpoints hold the experts, for resuming, and the plain model under ``dense_state_dict``, which is what
+    ``open_checkpoint`` opens and what the classifiers of this package load. Files of weights only hold the plain model
+    alone. Training and its optimizer state need memory for N networks.
+
+    Args:
+        num_experts: N, 2 or more.
+        layers: Which feed-forward networks: ``all``, ``every_other`` (the second, the fourth, …), ``last_k``, or
+            numbers from 0.
+        share_rate: β, at most (N − 1)/N.
+        schedule: How β gets there. ``linear``: from 0 over the first half of the training. ``constant``: at once. Or a
+            function of the step, from 0, and their number.
+        init: ``copy``: experts begin as the network that was there, so that weights worth keeping are kept.
+            ``independent``: each is drawn anew, for training from scratch.
+        stop_at: Experts are averaged up to here only: optimizer steps, a fraction, or text (``"2 epochs"``).
+        target: Patterns of the modules to replace, where they are not called ``mlp`` or ``ffn``.
+        scope: As of :class:`.RandomUniformMoE`.
+
+    Raises:
+        UnsupportedSetup: Before training: an option has no meaning, no network is found or one cannot be replaced, the
+            strategy shards parameters, an optimizer lacks the experts, or the checkpoint is of other experts.
+
+    Source: Huang et al., Experts Weights Averaging (arXiv 2308.06093). There is no official code; the schedule and the
+    layers are our choice.
+    """
+
+    def __init__(
+        self,
+        num_experts: int = 4,
+        layers: Layers = "every_other",
+        share_rate: float = 0.3,
+        schedule: Literal["linear", "constant"] | ShareRate = "linear",
+        init: Literal["copy", "independent"] = "copy",
+        stop_at: When | None = None,
+        target: list[str] | None = None,
+        scope: Literal["tokens", "positions"] = "tokens",
+    ) -> None:
+        check_share_rate(share_rate, num_experts)
+        if not callable(schedule) and schedule not in ("linear", "constant"):
+            raise UnsupportedSetup(
+                f"schedule={schedule!r}: expected linear, constant, or a function of step and total."
+            )
+        if init not in ("copy", "independent"):
+            raise UnsupportedSetup(f"init={init!r}: expected copy or independent.")
+        if scope not in ("tokens", "positions"):
+            raise UnsupportedSetup(f"scope={scope!r}: expected tokens or positions.")
+        self.num_experts, self.layers, self.share_rate, self.schedule = num_experts, layers, share_rate, schedule
+        self.init, self.target, self.scope = init, target, scope
+        self._open = Schedule(0, stop_at, 1, owner=type(self).__name__)
+        self._experts: dict[str, RandomUniformMoE] = {}
+        self._steps_done = 0
+        self._loaded: dict[str, Any] | None = None
+        self._total: float | None = None
+        self._optimizer = 0
+        self._steps: OptimizerSteps | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Shown by Lightning where a file is resumed without this callback."""
+        return (
+            "ExpertsWeightAveraging (without this callback the file cannot be resumed; its plain model, which "
+            "open_checkpoint opens, is under dense_state_dict)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
+        return {**self.__dict__, "_experts": {}, "_loaded": None, "_steps": None}
+
+    # ------------------------------------------------------------------------------------------------ before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace the networks, before optimizers are made and checkpoints are loaded."""
+        if stage != "fit":
+            return
+        check_strategy(trainer, type(self).__name__, "experts are averaged whole")
+        self._steps_done, self._loaded = 0, None
+        soups = [i for i, callback in enumerate(trainer.callbacks) if isinstance(callback, ModelSoup)]
+        if soups and soups[0] < trainer.callbacks.index(self):
+            raise UnsupportedSetup(
+                "ModelSoup stands before ExpertsWeightAveraging, so it would cook while the model still has experts. "
+                "List ExpertsWeightAveraging first."
+            )
+        if experts_of(pl_module):
+            return  # made in configure_model or by hand, or left by a fit that did not reach its end
+        if is_overridden("configure_model", pl_module) and not any(True for _ in pl_module.parameters()):
+            return  # made there, or missed in on_fit_start
+        use_experts(pl_module, self.num_experts, self.layers, self.init, self.target, self.scope)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the optimizer that owns the experts."""
+        self._experts = experts_of(pl_module)
+        if not self._experts:
+            raise UnsupportedSetup(
+                f"{type(pl_module).__name__} has no experts. Where the model is built in configure_model, call "
+                "lightning_soup.layers.use_experts(self, num_experts=…) at its end."
+            )
+        for name, experts in self._experts.items():
+            if len(experts.experts) != self.num_experts:
+                raise UnsupportedSetup(
+                    f"{name} has {len(experts.experts)} experts, but num_experts={self.num_experts}. Give the same "
+                    "number, or begin with a plain model."
+                )
+        self._check_loaded()
+        self._optimizer = self._owner(trainer)
+        expert_files.follow(trainer, pl_module)
+        self._steps = OptimizerSteps.of(trainer)
+        self._steps.listen(self, partial(self._after_step, trainer), phase="mutate")
+        first = next(iter(self._experts.values())).experts[0]
+        count = sum(p.numel() for p in first.parameters()) * (self.num_experts - 1) * len(self._experts)
+        rank_zero_info(
+            f"ExpertsWeightAveraging: {len(self._experts)} feed-forward networks have {self.num_experts} experts each "
+            f"while training ({count / 1e6:,.1f} M more parameters)."
+        )
+        if any(p.dtype.itemsize < 4 for p in first.parameters()):
+            rank_zero_warn(
+                "ExpertsWeightAveraging: the weights have 16 bits, in which the small steps of a small share rate are "
+                "lost. Use a mixed precision ('bf16-mixed'), which keeps them in 32."
+            )
+        if isinstance(trainer.optimizers[self._optimizer], SGD):
+            rank_zero_info(
+                f"ExpertsWeightAveraging: under SGD an expert moves at 1/{self.num_experts} of the dense rate, for it "
+                f"sees 1/{self.num_experts} of the tokens. Give experts {self.num_experts} × the rate, or use Adam."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The length of training is known now."""
+        self._open.check(trainer)
+        self._total = planned_time(trainer)
+        if self.schedule == "linear" and self._total is None:
+            raise UnsupportedSetup(
+                "schedule='linear' needs to know how long training is, but it is endless, or optimized by hand. Set "
+                "max_steps or max_epochs, or schedule='constant'."
+            )
+
+    def _owner(self, trainer: Trainer) -> int:
+        """The index of the optimizer that moves the experts: one for all, or they would not be of one age."""
+        owners = [{id(p) for group in opt.param_groups for p in group["params"]} for opt in trainer.optimizers]
+        found: set[int] = set()
+        for name, experts in self._experts.items():
+            for key, parameter in experts.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                index = next((i for i, owned in enumerate(owners) if id(parameter) in owned), None)
+                if index is None:
+                    raise UnsupportedSetup(
+                        f"{name}.{key} is a parameter that no optimizer owns: the optimizer was made before the "
+                        "experts. Make it in configure_optimizers, of self.parameters()."
+                    )
+                found.add(index)
+        if len(found) > 1:
+            raise UnsupportedSetup("the experts are spread over several optimizers. Let one own all of them.")
+        return found.pop() if found else 0
+
+    # ------------------------------------------------------------------------------------------------ during training
+
+    def share_rate_at(self, step: int) -> float:
+        """β after optimizer step number ``step``, from 0."""
+        if callable(self.schedule):
+            beta = self.schedule(step, int(self._total or 0))
+            check_share_rate(beta, self.num_experts)
+            return beta
+        if self.schedule == "constant":
+            return self.share_rate
+        return self.share_rate * min(1.0, step / max(self._total / 2, 1.0))
+
+    def _after_step(self, trainer: Trainer, optimizer: int) -> None:
+        if optimizer != self._optimizer:
+            return
+        step = self._steps_done
+        self._steps_done += 1
+        if not self._open.open(trainer, self._steps_done):
+            return
+        beta = self.share_rate_at(step)
+        for layer in self._experts.values():
+            average_experts_(layer.experts, beta)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how far experts are apart."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._steps_done:
+            self.log("ewa/spread", self.spread, sync_dist=False, rank_zero_only=True)
+
+    @property
+    def spread(self) -> float:
+        """‖W − W̄‖ / ‖W‖ of the layer where experts are farthest apart."""
+        return max((expert_spread(layer.experts) for layer in self._experts.values()), default=0.0)
+
+    # ------------------------------------------------------------------------------------------------------------ end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the model its former architecture, with the mean weights."""
+        spread = self.spread
+        convert_to_dense(pl_module)
+        self._experts = {}
+        if spread > _FAR:
+            rank_zero_warn(
+                f"ExpertsWeightAveraging: the experts ended {spread:.0%} apart, so the mean network may do something "
+                "else than they did. Raise share_rate, or average to the end (stop_at)."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the optimizers go."""
+        if stage == "fit":
+            if self._steps is not None:
+                self._steps.stop(self)
+                self._steps = None
+            expert_files.unfollow(trainer)
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps there were, and which experts; β follows from the step."""
+        return {"steps": self._steps_done, "layers": list(self._experts), "num_experts": self.num_experts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the count of steps."""
+        self._loaded = dict(state_dict)
+
+    def _check_loaded(self) -> None:
+        if self._loaded is None:
+            return
+        theirs, ours = list(self._loaded["layers"]), list(self._experts)
+        if theirs and theirs != ours:
+            raise UnsupportedSetup(
+                f"the checkpoint has experts at {', '.join(theirs)}, but layers={self.layers!r} puts them at "
+                f"{', '.join(ours)}. Resume with the layers of the first time."
+            )
+        self._steps_done = self._loaded["steps"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the plain model."""
+        expert_files.note(checkpoint, list(experts_of(pl_module)), self.num_experts)
+        expert_files.add_dense(checkpoint)

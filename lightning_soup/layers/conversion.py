@@ -1,0 +1,108 @@
+"""A model's feed-forward networks into experts, and experts back into plain networks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_soup.layers.experts import mean_of
+from lightning_soup.layers.feed_forward import Layers, choose, find_feed_forwards
+from lightning_soup.layers.moe import RandomUniformMoE
+
+__all__ = ["convert_to_dense", "dense_state", "experts_of", "use_experts"]
+
+
+def use_experts(
+    module: nn.Module,
+    num_experts: int = 4,
+    layers: Layers = "every_other",
+    init: Literal["copy", "independent"] = "copy",
+    target: Sequence[str] | None = None,
+    scope: Literal["tokens", "positions"] = "tokens",
+) -> list[str]:
+    """Replace feed-forward networks of a model by experts, in place.
+
+    :class:`.ExpertsWeightAveraging` does this by itself. Call it at the end of ``configure_model`` where the model is
+    built there, or for a training loop of your own.
+
+    Args:
+        module: The model, or a LightningModule that holds it.
+        num_experts: N.
+        layers: Which networks; see :func:`.choose`.
+        init: As of :meth:`.RandomUniformMoE.from_dense`.
+        target: As of :func:`.find_feed_forwards`.
+        scope: As of :class:`.RandomUniformMoE`.
+
+    Returns:
+        Paths of the networks that were replaced.
+
+    Raises:
+        UnsupportedSetup: None is found, or one cannot be replaced. The model is as it was then.
+    """
+    found = find_feed_forwards(module, target)
+    chosen = choose(list(found), layers)
+    made = {name: RandomUniformMoE.from_dense(found[name], num_experts, init, scope) for name in chosen}
+    for name, experts in made.items():
+        _put(module, name, experts)
+    return chosen
+
+
+def experts_of(module: nn.Module) -> dict[str, RandomUniformMoE]:
+    """The layers of experts in a model, by path, without the prefixes of wrappers."""
+    return {
+        name.replace("_orig_mod.", ""): part
+        for name, part in module.named_modules()
+        if isinstance(part, RandomUniformMoE)
+    }
+
+
+def convert_to_dense(module: nn.Module) -> list[str]:
+    """Replace all experts by the network with their mean weights, in place.
+
+    Class, names, types and devices are those of the network before; the parameters are those of the first expert.
+
+    Args:
+        module: The model, or a LightningModule that holds it.
+
+    Returns:
+        Paths of the networks.
+    """
+    found = {name: part for name, part in module.named_modules() if isinstance(part, RandomUniformMoE)}
+    for name, experts in found.items():
+        _put(module, name, experts.to_dense())
+    return list(found)
+
+
+@torch.no_grad()
+def dense_state(state: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """The state dict of the plain model, from one with experts.
+
+    Args:
+        state: The state dict with experts.
+        layers: Paths of the layers of experts, without the prefixes of wrappers.
+    """
+    dense: dict[str, Any] = {}
+    groups: dict[str, list[Tensor]] = {}
+    places = {f"{layer}.experts." for layer in layers}
+    for name, value in state.items():
+        plain = name.replace("_orig_mod.", "")
+        place = next((place for place in places if plain.startswith(place)), None)
+        if place is None:
+            dense[name] = value
+            continue
+        number, _, rest = plain.removeprefix(place).partition(".")
+        prefix = name[: len(name) - len(f"experts.{number}.{rest}")]
+        target = f"{prefix}{rest}"
+        dense.setdefault(target, None)  # where it stood before: the order of keys is the plain model's
+        groups.setdefault(target, []).append(value)
+    for name, tensors in groups.items():
+        dense[name] = mean_of(tensors) if tensors[0].is_floating_point() else tensors[0].clone()
+    return dense
+
+
+def _put(module: nn.Module, name: str, part: nn.Module) -> None:
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    part.train(owner.training)
+    owner._modules[key] = part  # also in a Sequential or ModuleList, whose keys are numbers

@@ -1,0 +1,123 @@
+"""Experts as weights: their mean, how far they are from it, and the step that pulls them towards it."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_soup.errors import UnsupportedSetup
+
+__all__ = ["average_experts_", "check_share_rate", "expert_spread", "mean_expert", "mean_of"]
+
+# Elements that are worked on at a time: those of all experts stay in the cache between the two passes over them, and
+# torch starts no threads for so few.
+_CHUNK = 1 << 15
+
+
+def check_share_rate(beta: float, count: int) -> None:
+    """Refuse a share rate that would take experts beyond their mean.
+
+    Args:
+        beta: β.
+        count: N.
+
+    Raises:
+        UnsupportedSetup: β lies outside 0 … (N − 1)/N, or there are fewer than two experts.
+    """
+    if count < 2:
+        raise UnsupportedSetup(f"num_experts={count}: averaging needs two experts or more.")
+    highest = (count - 1) / count
+    if not 0 <= beta <= highest + 1e-12:  # NaN is refused, too
+        raise UnsupportedSetup(
+            f"share_rate={beta}: expected 0 ≤ β ≤ (N − 1)/N = {highest:.4g} for {count} experts. At the upper end each "
+            "becomes the mean of all; beyond it they would change sides. (A rate that counts the expert itself among "
+            f"those averaged, β', is β = β'·(N − 1)/N.)"
+        )
+
+
+@torch.no_grad()
+def average_experts_(experts: Sequence[nn.Module], beta: float) -> None:
+    """Move all experts towards their mean at once, in place.
+
+    ``W_i ← (1 − β)·W_i + β/(N − 1)·Σ_{j≠i} W_j``, which is ``W̄ + ρ·(W_i − W̄)`` with ``ρ = 1 − βN/(N − 1)``, for each
+    parameter: the mean W̄ stays, distances from it shrink by ρ. Computed in float32, or float64 for such parameters; one
+    read and one write of the experts. Parameters stay the same objects, as their optimizer needs.
+
+    Args:
+        experts: N modules alike.
+        beta: β, 0 … (N − 1)/N.
+
+    Raises:
+        UnsupportedSetup: β out of range, or experts that are not alike.
+
+    Source: Huang et al., Experts Weights Averaging (arXiv 2308.06093).
+    """
+    check_share_rate(beta, len(experts))
+    if beta == 0:
+        return
+    pull = min(1.0, beta * len(experts) / (len(experts) - 1))  # 1 − ρ
+    for tensors in _rows(experts).values():
+        _pull_(tensors, pull)
+
+
+def mean_expert(experts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """W̄ of every parameter by name, in its own type. Gradients flow to all experts; equal experts are kept exactly."""
+    return {name: mean_of(tensors) for name, tensors in _rows(experts).items()}
+
+
+@torch.no_grad()
+def expert_spread(experts: Sequence[nn.Module]) -> float:
+    """‖W − W̄‖ / ‖W‖ over the weight matrices of all experts: 0 where they are equal."""
+    apart = whole = 0.0
+    for tensors in _rows(experts).values():
+        if tensors[0].ndim > 1:
+            mean = mean_of(tensors)
+            apart += sum(float(torch.linalg.vector_norm((tensor - mean).float())) ** 2 for tensor in tensors)
+            whole += sum(float(torch.linalg.vector_norm(tensor.float())) ** 2 for tensor in tensors)
+    return math.sqrt(apart / whole) if whole else 0.0
+
+
+def _rows(experts: Sequence[nn.Module]) -> Mapping[str, list[Tensor]]:
+    """Each parameter of all experts, by its name in one."""
+    named = [dict(expert.named_parameters()) for expert in experts]
+    for other in named[1:]:
+        for name in named[0].keys() | other.keys():
+            shapes = [None if found is None else tuple(found.shape) for found in (named[0].get(name), other.get(name))]
+            if shapes[0] != shapes[1]:
+                raise UnsupportedSetup(
+                    f"the experts are not alike: {name} is {shapes[0] or 'missing'} in one and "
+                    f"{shapes[1] or 'missing'} in another."
+                )
+    return {name: [parameters[name] for parameters in named] for name in named[0]}
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """W̄ of one parameter of all experts, in its own type; where all are equal, exactly that."""
+    first = tensors[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    base = first.to(wide)
+    apart = torch.zeros_like(base)
+    for tensor in tensors[1:]:
+        apart = apart + (tensor.to(wide) - base)
+    return (base + apart / len(tensors)).to(first.dtype)
+
+
+def _pull_(tensors: Sequence[Tensor], pull: float) -> None:
+    """``t ← t + pull·(mean − t)`` for alike tensors."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    if not all(tensor.is_contiguous() and tensor.dtype == wide for tensor in tensors):
+        values = [tensor.detach().to(wide, copy=True) for tensor in tensors]
+        mean = mean_of(values)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value.lerp_(mean, pull))
+        return
+    flat = [tensor.detach().view(-1) for tensor in tensors]
+    step = _CHUNK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
+    for start in range(0, len(flat[0]), step):
+        parts = [tensor[start : start + step] for tensor in flat]
+        mean = parts[1] - parts[0]
+        for part in parts[2:]:
+            mean.add_(part).sub_(parts[0])
+        mean.div_(len(parts)).add_(parts[0])
+        torch._foreach_lerp_(parts, [mean] * len(parts), pull)

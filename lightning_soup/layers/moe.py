@@ -1,0 +1,149 @@
+"""RandomUniformMoE: experts that share the tokens of a batch at random, in place of one feed-forward network."""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.experts import mean_expert
+
+__all__ = ["RandomUniformMoE"]
+
+
+class RandomUniformMoE(nn.Module):
+    """N feed-forward networks, among which each forward pass in training shares out the tokens at random.
+
+    In training the tokens are permuted, cut into N parts of equal length (the first ``M mod N`` have one more), and
+    part i goes through expert i: every token meets one expert, with weight 1, whatever it means. The cost is that of
+    one network. In evaluation there is one network, whose parameters are the mean of the experts' (gradients flow to
+    all of them): what the converted model will do, deterministically.
+
+    The permutation is drawn from torch's global generator, so activation checkpointing draws it again alike, and ranks
+    differ.
+
+    Args:
+        experts: The networks, alike, each working on the last dimension of its input alone.
+        scope: ``tokens``: all tokens of the batch are permuted. ``positions``: the positions are, alike for all images,
+            as in the code of SS-MoE; with a class token, that always trains one expert only.
+
+    Shapes: input ``[B, …, D]``, output the same.
+
+    Raises:
+        UnsupportedSetup: Fewer than two experts, or an unknown scope.
+
+    Source: Huang et al., Experts Weights Averaging (arXiv 2308.06093), random uniform partition.
+    """
+
+    def __init__(self, experts: list[nn.Module], scope: Literal["tokens", "positions"] = "tokens"):
+        super().__init__()
+        if len(experts) < 2:
+            raise UnsupportedSetup(f"num_experts={len(experts)}: expected two experts or more.")
+        if scope not in ("tokens", "positions"):
+            raise UnsupportedSetup(f"scope={scope!r}: expected tokens or positions.")
+        self.experts = nn.ModuleList(experts)
+        self.scope = scope
+        self.train(experts[0].training)
+        self.register_load_state_dict_pre_hook(_fit_to_experts)
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        num_experts: int = 4,
+        init: Literal["copy", "independent"] = "copy",
+        scope: Literal["tokens", "positions"] = "tokens",
+    ) -> "RandomUniformMoE":
+        """Make experts of a feed-forward network, which becomes the first of them.
+
+        Args:
+            dense: The network.
+            num_experts: N.
+            init: ``copy``: all have its weights, so the model computes what it did. ``independent``: the others are
+                drawn anew, each matrix with the mean and the deviation of the given one; for training from scratch.
+            scope: As above.
+        """
+        if init not in ("copy", "independent"):
+            raise UnsupportedSetup(f"init={init!r}: expected copy or independent.")
+        experts = [dense, *(copy.deepcopy(dense) for _ in range(num_experts - 1))]
+        if init == "independent":
+            for expert in experts[1:]:
+                _draw_anew(expert)
+        return cls(experts, scope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Share the tokens out in training; the mean network in evaluation."""
+        if not self.training:
+            return functional_call(self.experts[0], self.mean_parameters(), (x,))
+        tokens = x.reshape(-1, x.shape[-1]) if self.scope == "tokens" else x.reshape(x.shape[0], -1, x.shape[-1])
+        dim = tokens.ndim - 2
+        order = torch.randperm(tokens.shape[dim], device=x.device)
+        parts = _permute(tokens, order, dim).tensor_split(len(self.experts), dim)
+        # An expert without tokens is called, too: its gradients are 0 then and not None, on which DDP would wait.
+        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)], dim)
+        return _permute(done, _inverse(order), dim).reshape(x.shape)
+
+    def mean_parameters(self) -> dict[str, Tensor]:
+        """W̄ by the names of one network. Formed at each use: weights change in ways that no counter shows."""
+        return mean_expert(self.experts)
+
+    def to_dense(self) -> nn.Module:
+        """The network with the mean weights: the first expert itself, changed in place."""
+        with torch.no_grad():
+            for name, mean in self.mean_parameters().items():
+                self.experts[0].get_parameter(name).copy_(mean)
+        return self.experts[0]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"scope={self.scope!r}"
+
+
+def _fit_to_experts(moe: RandomUniformMoE, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the weights of a plain network to all experts; refuse those of another number of experts."""
+    place, count = f"{prefix}experts.", len(moe.experts)
+    numbers = {name.removeprefix(place).partition(".")[0] for name in state if name.startswith(place)}
+    if numbers and len(numbers) != count:
+        raise UnsupportedSetup(
+            f"{prefix.rstrip('.')} has {count} experts, but the weights are of {len(numbers)}. Give num_experts="
+            f"{len(numbers)}, or load the plain model: open_checkpoint gives it."
+        )
+    names = [name for name, _ in moe.experts[0].named_parameters()]
+    if not numbers and all(f"{prefix}{name}" in state for name in names):
+        for name in names:
+            value = state.pop(f"{prefix}{name}")
+            state.update({f"{place}{i}.{name}": value for i in range(count)})
+
+
+class _Permutation(torch.autograd.Function):
+    """Gathers forwards and backwards; torch's own gradient of a gather adds, element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.dim = dim
+        return x.index_select(dim, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return _permute(gradient, _inverse(order), ctx.dim), None, None
+
+
+def _permute(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    return _Permutation.apply(x, order, dim)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@torch.no_grad()
+def _draw_anew(expert: nn.Module) -> None:
+    """Draw each matrix with its own mean and deviation; biases and norms are as they are."""
+    for parameter in expert.parameters():
+        if parameter.ndim > 1:
+            mean, deviation = parameter.mean(), parameter.std()
+            parameter.normal_().mul_(deviation).add_(mean)
