@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_soup.callbacks.averaged_tensors import Group, Slot
 from lightning_soup.callbacks.expert_files import add_dense
 from lightning_soup.callbacks.shadow import new_shadow
+from lightning_soup.callbacks.weights_only import WeightsOnlyFiles
 from lightning_soup.errors import IncompatibleIngredients, UnsupportedSetup
 from lightning_soup.weights.weights_file import clean_names
 
@@ -43,10 +44,10 @@ def save(average: "AverageOfModule", trainer: Trainer, checkpoint: dict[str, Any
         checkpoint: What Lightning is about to write.
     """
     rule = average.rule
+    if average.outdated:
+        return  # the module was given other weights after its fit: the file is about those
     if average.samples > 0:
         average.share_buffers(trainer)
-        if average.left and average.changed:
-            return  # the module was given other weights after its fit: the file is about those
         if rule.evaluated or average.left:
             held, other = checkpoint["state_dict"], _other_half(average, trainer)
             scored, live = (held, other) if average.placed else (other, held)
@@ -74,6 +75,7 @@ def _other_half(average: "AverageOfModule", trainer: Trainer) -> dict[str, Any]:
     try:
         state = trainer.strategy.lightning_module_state_dict()
         copied = {slot.local.data_ptr() for group in average.groups for slot in group.copied_slots}
+        copied |= average.statistics_memory()
         if copied or isinstance(trainer.strategy, ModelParallelStrategy):
             # Their memory is about to hold the other half again. Exchanged tensors keep theirs.
             state = {name: _clone(value, copied) for name, value in state.items()}
@@ -174,6 +176,11 @@ class Loaded:
         saved = set(means) | {name for group in rings for name in group["samples"][0]}
         counters = {group["optimizer"]: group for group in self.groups}
         missing: list[str] = []
+        known = {slot.name for group in average.groups for slot in group.slots}
+        for group in self.groups:
+            for sample in group.get("samples") or [group.get("mean", {})]:
+                for name in sample.keys() - known:
+                    average.waiting.setdefault(name, []).append(sample[name])
         for group in average.groups:
             if not self.groups:
                 continue
@@ -184,7 +191,6 @@ class Loaded:
             if group.absorbed and samples:
                 missing += [slot.name for slot in group.slots if slot.name not in samples[0]]
                 group.shadow.restore([[self._tensor(s, slot, group) for slot in group.slots] for s in samples])
-        known = {slot.name for group in average.groups for slot in group.slots}
         average.report("not in the checkpoint's average, which begins for them now", missing)
         average.report("in the checkpoint's average, but not averaged now", sorted(saved - known))
         average.restored = True
@@ -212,7 +218,12 @@ def load(rule: "LiveAverage", checkpoint: Mapping[str, Any]) -> Loaded | None:
     average = checkpoint.get("state_dict", {})
     live = checkpoint.get(LIVE_KEY)
     state = checkpoint.get("callbacks", {}).get(rule.state_key)
-    if state is not None:
+    if state is not None and state["rule"] != type(rule).__name__:
+        rank_zero_warn(
+            f"the checkpoint's average {rule.name!r} is of {state['rule']}, which {type(rule).__name__} cannot go on "
+            "with: it begins anew from the live weights. Another name keeps both apart."
+        )
+    elif state is not None:
         return Loaded(live, state["groups"], average)
     if live is None:
         return None
@@ -245,24 +256,22 @@ def _shard_like(whole: Tensor, like: Tensor, copy: bool = False) -> Tensor:
 # ------------------------------------------------------------------------------------------------ files of weights only
 
 
-class AverageOnly(_WrappingCheckpointIO):
-    """Writes the average into files that Lightning fills without asking callbacks (``save_weights_only=True``)."""
+class AverageOnly(WeightsOnlyFiles):
+    """Writes the average instead of the live weights."""
 
     def __init__(self, inner: Any, rule: "LiveAverage", trainer: Trainer) -> None:
-        super().__init__(inner)
-        self.inner, self.rule, self.trainer = inner, rule, trainer
+        super().__init__(inner, rule)
+        self.rule, self.trainer = rule, trainer
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Replace the live weights in files without callbacks."""
-        average = self.rule._average
-        if "callbacks" not in checkpoint and average is not None and average.samples > 0 and not average.placed:
-            checkpoint = {**checkpoint, "state_dict": _other_half(average, self.trainer)}
-            add_dense(checkpoint)
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
-
-    def teardown(self) -> None:
-        """Let the inner one finish what it is writing."""
-        self.inner.teardown()
+    def changed(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The same with the average in it, if there is one."""
+        average, module = self.rule._average, self.trainer.lightning_module
+        known = average is not None and average.is_of(module) and not average.outdated
+        if not known or average.samples <= 0 or average.placed:
+            return checkpoint
+        checkpoint = {**checkpoint, "state_dict": _other_half(average, self.trainer)}
+        add_dense(checkpoint)
+        return checkpoint
 
 
 def check_weights_only(trainer: Trainer, rule: "LiveAverage") -> None:
@@ -281,13 +290,6 @@ def check_weights_only(trainer: Trainer, rule: "LiveAverage") -> None:
 
 
 def follow_weights_only(trainer: Trainer, rule: "LiveAverage") -> None:
-    """From now on files of weights only hold the average."""
+    """From now on files of weights only hold the average, also those written after the fit."""
     if rule.evaluated and not isinstance(trainer.strategy, ModelParallelStrategy):
         trainer.strategy.checkpoint_io = AverageOnly(trainer.strategy.checkpoint_io, rule, trainer)
-
-
-def unfollow_weights_only(trainer: Trainer, rule: "LiveAverage") -> None:
-    """Give the Trainer its own way of writing back."""
-    writer = trainer.strategy.checkpoint_io
-    if isinstance(writer, AverageOnly) and writer.rule is rule:
-        trainer.strategy.checkpoint_io = writer.inner

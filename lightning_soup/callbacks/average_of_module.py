@@ -38,23 +38,28 @@ class AverageOfModule:
         groups: The averaged tensors of each optimizer.
         placed: Whether the module holds the average.
         left: Whether it was left there for good.
+        finished: Whether the fit has ended, so that nothing but the user changes the module.
         restored: Whether it came from a checkpoint.
+        waiting: Samples that a checkpoint holds of parameters that are frozen now, until they are unfrozen.
     """
 
     def __init__(self, rule: "LiveAverage", trainer: Trainer, module: LightningModule) -> None:
         self.rule, self.trainer, self.module = rule, weakref.ref(trainer), weakref.ref(module)
         self.placed = self.left = self.restored = False
-        self._reported: set[str] = set()
+        self._reported: set[tuple[str, str]] = set()
+        self._infinite: set[str] = set()
+        self.waiting: dict[str, list[Tensor]] = {}
         self._statistics = Statistics()
         self._exchange = not is_captured(module, trainer.strategy.root_device)
         owner = type(rule).__name__
         slots = select(module, rule.include, rule.exclude, rule.buffers == "average", owner)
         slots, infinite = without_infinite(slots, owner)
-        self.report("left live, because they hold infinities", infinite)
+        self._leave_live(infinite)
         parts = by_optimizer(slots, trainer.optimizers)
         self.groups = [Group(index, part, rule.new_shadow()) for index, part in parts.items()]
         self._counted = _count(trainer)
-        self._versions = 0
+        self._versions: list[tuple[int, int]] = []
+        self.finished = False
         size = sum(slot.local.numel() * 4 for slot in slots) / 2**20
         rank_zero_info(f"{owner} {rule.name!r}: averages {len(slots)} tensors ({size:,.0f} MiB in float32).")
         self._steps = OptimizerSteps.of(trainer)
@@ -69,7 +74,7 @@ class AverageOfModule:
     @property
     def samples(self) -> int:
         """Samples taken, the start not counted; with several optimizers, of the one that has most."""
-        return max((group.absorbed for group in self.groups), default=0) - self.rule.needs_start
+        return max(max((group.absorbed for group in self.groups), default=0) - self.rule.needs_start, 0)
 
     @property
     def ready(self) -> list[Group]:
@@ -77,9 +82,16 @@ class AverageOfModule:
         return [group for group in self.groups if group.absorbed > self.rule.needs_start]
 
     def absorb_start(self) -> None:
-        """Take the weights before the first step as the first term of the mean."""
+        """Take the weights before the first step as the first term of the mean, unless a file gave it."""
+        reshard(self.module())
         for group in self.groups:
-            group.absorb(1.0)
+            if not group.absorbed:
+                group.absorb(1.0)
+
+    def count_from(self, trainer: Trainer) -> None:
+        """Training that goes on without a file's average counts on, as its epochs do."""
+        if len(self.groups) == len(trainer.optimizers) == 1 and not self.groups[0].steps:
+            self.groups[0].steps = trainer.global_step
 
     def _after_step(self, optimizer: int) -> None:
         trainer, schedule = self.trainer(), self.rule.schedule
@@ -98,7 +110,7 @@ class AverageOfModule:
 
     def _absorb(self, group: Group) -> None:
         group.follow(self.module())
-        group.absorb(self.rule.share(group.absorbed))
+        group.absorb(float(self.rule.share(group.absorbed)))  # numpy's numbers are no plain ones in files
 
     def after_batch(self, trainer: Trainer) -> None:
         """Samples that are due at the end of an epoch or of a share of the training."""
@@ -110,26 +122,31 @@ class AverageOfModule:
             if not group.since:  # what passes before start does not count
                 group.ticks = ticks
             due = ticks > group.ticks or (schedule.first and group.absorbed == self.rule.needs_start)
-            if due and group.fresh:
+            if due and group.fresh and schedule.open(trainer, group.steps):
                 self._absorb(group)
                 group.ticks = ticks
+
+    def before_batch(self, trainer: Trainer) -> None:
+        """Average parameters that were unfrozen since, before they move."""
+        if self._counted != _count(trainer):
+            self.refresh(trainer)
 
     def refresh(self, trainer: Trainer) -> None:
         """Follow optimizers that were made anew, and average parameters that were unfrozen."""
         self._steps.attach(trainer)
         self._counted = _count(trainer)
         module, rule = self.module(), self.rule
-        known = {slot.name for group in self.groups for slot in group.slots} | self._reported
+        known = {slot.name for group in self.groups for slot in group.slots} | self._infinite
         found = [slot for slot in trainable(module, rule.include, rule.exclude) if slot.name not in known]
         if not found:
             return
         new, infinite = without_infinite(found, type(rule).__name__)
-        self.report("left live, because they hold infinities", infinite)
+        self._leave_live(infinite)
         for optimizer, slots in by_optimizer(new, trainer.optimizers).items():
             group = next((group for group in self.groups if group.optimizer == optimizer), None)
             if group is None:
                 self.groups.append(group := Group(optimizer, [], rule.new_shadow()))
-            group.grow(slots)
+            group.grow(slots, self.waiting)
         self.report("trainable since now, and averaged from here on", [slot.name for slot in new])
 
     # ---------------------------------------------------------------------------------------------- into the module
@@ -160,6 +177,7 @@ class AverageOfModule:
         except BaseException:  # another tensor's NaN must not leave half an average in the module
             for group in reversed(placed):
                 group.put_back()
+            self._statistics.put_back()
             raise
         self.placed = True
 
@@ -175,7 +193,7 @@ class AverageOfModule:
 
     def leave(self) -> None:
         """The module keeps what it holds now. From here on a change to it is noticed."""
-        self.left = self.placed
+        self.left, self.finished = self.placed, True
         self._remember()
 
     @property
@@ -183,11 +201,21 @@ class AverageOfModule:
         """Whether somebody wrote into the module after the fit."""
         return self._versions != self._version()
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the module was given other weights after the fit, so that the average is not about it any more."""
+        return self.finished and (self.left or not self.placed) and self.changed
+
     def _remember(self) -> None:
         self._versions = self._version()
 
-    def _version(self) -> int:
-        return sum(slot.tensor._version for group in self.groups for slot in group.slots)
+    def _version(self) -> list[tuple[int, int]]:
+        found = [slot.found_in(self.module()) for group in self.groups for slot in group.slots]
+        return [(id(tensor), -1 if tensor is None else tensor._version) for tensor in found]
+
+    def statistics_memory(self) -> set[int]:
+        """Where BatchNorm statistics lie, live and of the average in turn, if the average has its own."""
+        return self._statistics.memory(self.module()) if self.rule.buffers == "recalibrate" else set()
 
     def restore_statistics(self, state_dict: Mapping[str, Tensor]) -> None:
         """Continue with the BatchNorm statistics that a file holds for the average."""
@@ -222,6 +250,11 @@ class AverageOfModule:
                     whole += float(torch.linalg.vector_norm(live)) ** 2
         return math.sqrt(apart / whole) if whole else 0.0
 
+    def report_live(self) -> None:
+        """Name the tensors of optimizers that have had no sample, while others have an average."""
+        live = [slot.name for group in self.groups if group not in self.ready for slot in group.slots]
+        self.report("never sampled, because their optimizer took too few steps, and so live", live)
+
     def why_none(self) -> str:
         """Which condition never held, where no sample was taken."""
         steps = max((group.steps for group in self.groups), default=0)
@@ -233,10 +266,14 @@ class AverageOfModule:
             return f"training ended after {steps} steps, before start={schedule.start}, so nothing was averaged."
         return f"{since} steps after start were fewer than every={schedule.every}, so nothing was averaged."
 
+    def _leave_live(self, names: Sequence[str]) -> None:
+        self._infinite.update(names)
+        self.report("left live, because they hold infinities", names)
+
     def report(self, what: str, names: Sequence[str]) -> None:
         """Say once what is different for some tensors."""
-        new = [name for name in names if name not in self._reported]
-        self._reported.update(new)
+        new = [name for name in names if (what, name) not in self._reported]
+        self._reported.update((what, name) for name in new)
         if new:
             shown = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
             rank_zero_warn(f"{type(self.rule).__name__} {self.rule.name!r}: {what}: {shown}.")
@@ -244,4 +281,4 @@ class AverageOfModule:
 
 def _count(trainer: Trainer) -> int:
     """Tensors that optimizers move: another number means that some were unfrozen."""
-    return sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return sum(p.requires_grad for opt in trainer.optimizers for group in opt.param_groups for p in group["params"])

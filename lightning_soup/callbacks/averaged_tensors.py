@@ -1,7 +1,7 @@
 """Which tensors of a module are averaged, and how their averages get into the module and out again."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -54,6 +54,11 @@ class Slot:
                 f"different shapes has no meaning: leave it out with exclude=[{self.name!r}], or change it before fit."
             )
         return found
+
+    def found_in(self, module: nn.Module) -> Tensor | None:
+        """What stands there now, whatever its shape, also where the owner was exchanged for another module."""
+        owner = _at(module, self.prefix)
+        return None if owner is None else (owner._buffers if self.is_buffer else owner._parameters).get(self.key)
 
     @property
     def local(self) -> Tensor:
@@ -111,11 +116,11 @@ class Group:
                 for slot in self.slots
             ]
 
-    def grow(self, slots: Sequence[Slot]) -> None:
-        """Average more tensors, which had their present values at all samples before."""
+    def grow(self, slots: Sequence[Slot], samples: Mapping[str, Sequence[Tensor]]) -> None:
+        """Average more tensors, which had their present values at all samples before, or those of a checkpoint."""
         for slot in slots:
             if self.absorbed:
-                self.shadow.grow(slot.local)
+                self.shadow.grow(slot.local, samples.get(slot.name, ()))
             self.slots.append(slot)
 
     @torch.no_grad()
@@ -210,12 +215,14 @@ def select(
     if buffers:
         floats = {n: b for n, b in saved_buffers(module).items() if b.is_floating_point() and b.isfinite().all()}
         slots += [_slot(module, n, n.replace("_orig_mod.", ""), b, True) for n, b in floats.items()]
+    frozen = [name.replace("_orig_mod.", "") for name, p in module.named_parameters() if not p.requires_grad]
+    names = [*(slot.name for slot in slots), *frozen]
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(slot.name, pattern) for slot in slots):
+            if not any(fnmatchcase(name, pattern) for name in names):  # frozen ones, too, which may be unfrozen later
                 raise UnsupportedSetup(
-                    f"{owner}({option}=[{pattern!r}]): no trainable tensor matches. There are "
-                    f"{_some(slot.name for slot in slots)}. Patterns match whole names: 'head.*', '*.weight'."
+                    f"{owner}({option}=[{pattern!r}]): no trainable tensor matches. There are {_some(names)}. "
+                    "Patterns match whole names: 'head.*', '*.weight'."
                 )
     kept = [slot for slot in slots if _admitted(slot.name, include, exclude)]
     if not any(not slot.is_buffer for slot in kept):
@@ -225,7 +232,7 @@ def select(
             + " Build parameters in __init__ or configure_model, and set requires_grad before fit."
         )
     for slot in kept:
-        if nn.parameter.is_lazy(slot.tensor):
+        if nn.parameter.is_lazy(slot.found_in(module)):
             raise UnsupportedSetup(f"{owner}: {slot.name} has no shape yet (a lazy module). Run one batch through it.")
         if is_traceable_wrapper_subclass(slot.tensor) and not isinstance(slot.tensor, DTensor):
             raise UnsupportedSetup(
@@ -237,7 +244,9 @@ def select(
 
 def trainable(module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Slot]:
     """The floating-point parameters with ``requires_grad`` that the patterns admit; tied ones once."""
-    found = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    found = [
+        (n, p) for n, p in module.named_parameters() if p.requires_grad and (p.is_floating_point() or p.is_complex())
+    ]
     names = clean_names([name for name, _ in found], type(module).__name__)
     slots = [_slot(module, raw, names[raw], tensor, False) for raw, tensor in found]
     return [slot for slot in slots if _admitted(slot.name, include, exclude)]

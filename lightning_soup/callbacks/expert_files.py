@@ -3,8 +3,8 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from lightning_soup.callbacks.weights_only import WeightsOnlyFiles
 from lightning_soup.layers.conversion import dense_state, experts_of
 from lightning_soup.weights.formats import DENSE_KEY
 
@@ -29,34 +29,24 @@ def add_dense(checkpoint: dict[str, Any]) -> None:
     checkpoint[key] = dense_state(checkpoint["state_dict"], record["layers"])
 
 
-class PlainOnly(_WrappingCheckpointIO):
-    """Writes the plain model into files that Lightning fills without asking callbacks (``save_weights_only=True``)."""
+class PlainOnly(WeightsOnlyFiles):
+    """Writes the plain model instead of experts."""
 
-    def __init__(self, inner: Any, module: LightningModule) -> None:
-        super().__init__(inner)
-        self.inner, self.module = inner, module
+    def __init__(self, inner: Any, owner: object, module: LightningModule) -> None:
+        super().__init__(inner, owner)
+        self.module = module
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Convert files without callbacks."""
+    def changed(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The same without experts."""
         layers = experts_of(self.module)
-        if "callbacks" not in checkpoint and layers:
-            checkpoint = dict(checkpoint)
-            note(checkpoint, list(layers), len(next(iter(layers.values())).experts))
-            add_dense(checkpoint)
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
-
-    def teardown(self) -> None:
-        """Let the inner one finish what it is writing."""
-        self.inner.teardown()
+        if not layers:
+            return checkpoint
+        checkpoint = dict(checkpoint)
+        note(checkpoint, list(layers), len(next(iter(layers.values())).experts))
+        add_dense(checkpoint)
+        return checkpoint
 
 
-def follow(trainer: Trainer, module: LightningModule) -> None:
+def follow(trainer: Trainer, owner: object, module: LightningModule) -> None:
     """From now on files of weights only hold the plain model."""
-    trainer.strategy.checkpoint_io = PlainOnly(trainer.strategy.checkpoint_io, module)
-
-
-def unfollow(trainer: Trainer) -> None:
-    """Give the Trainer its own way of writing back."""
-    writer = trainer.strategy.checkpoint_io
-    if isinstance(writer, PlainOnly):
-        trainer.strategy.checkpoint_io = writer.inner
+    trainer.strategy.checkpoint_io = PlainOnly(trainer.strategy.checkpoint_io, owner, module)

@@ -14,6 +14,7 @@ from lightning_soup.callbacks.model_soup import ModelSoup
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
+from lightning_soup.callbacks.weights_only import take_off
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.conversion import convert_to_dense, experts_of, use_experts
 from lightning_soup.layers.experts import average_experts_, check_share_rate, expert_spread
@@ -138,7 +139,8 @@ class ExpertsWeightAveraging(Callback):
                 )
         self._check_loaded()
         self._optimizer = self._owner(trainer)
-        expert_files.follow(trainer, pl_module)
+        take_off(trainer, self)  # of a fit that failed
+        expert_files.follow(trainer, self, pl_module)
         self._steps = OptimizerSteps.of(trainer)
         self._steps.listen(self, partial(self._after_step, trainer), phase="mutate")
         first = next(iter(self._experts.values())).experts[0]
@@ -239,7 +241,7 @@ class ExpertsWeightAveraging(Callback):
             if self._steps is not None:
                 self._steps.stop(self)
                 self._steps = None
-            expert_files.unfollow(trainer)
+            take_off(trainer, self)
 
     # ---------------------------------------------------------------------------------------------------------- files
 

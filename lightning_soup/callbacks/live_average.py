@@ -15,6 +15,7 @@ from lightning_soup.callbacks.recalibration import check_batch_norm
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.shadow import RunningMean, Shadow
 from lightning_soup.callbacks.strategies import check_strategy
+from lightning_soup.callbacks.weights_only import take_off
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
 
@@ -149,9 +150,12 @@ class LiveAverage(Callback):
         """Forget an earlier fit, and refuse what cannot work."""
         if stage != "fit":
             return
-        self._average = self._loaded = None
         why = "it keeps parameters in flattened or hidden shards"
         check_strategy(trainer, type(self).__name__, why, shards=True)
+        if self._average is not None:  # after an exception there was no teardown
+            self._average.close()
+        take_off(trainer, self)
+        self._average = self._loaded = None
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LiveAverage)]
         for what, claiming in (
             ("evaluate_on=[]", [average.name for average in averages if average.evaluate_on]),
@@ -172,14 +176,15 @@ class LiveAverage(Callback):
         average_files.follow_weights_only(trainer, self)
         if self._loaded is not None:
             self._resume(pl_module)
-        elif self.needs_start:
-            self._average.absorb_start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The length of training is known now."""
+        """The length of training is known now, and every strategy has loaded what it resumes from."""
+        if self.needs_start:
+            self._average.absorb_start()
+        self._average.count_from(trainer)
         self.schedule.check(trainer)
-        planned = planned_time(trainer)
-        if planned is not None and self.schedule.by_steps:
+        planned = planned_time(trainer, self.schedule.every.unit)
+        if planned is not None:
             whole = planned_time(trainer, self.schedule.start.unit)
             begun = self.schedule.start.value / whole if whole else 0.0
             self.check_length(planned * (1 - begun) / self.schedule.every.value)
@@ -197,6 +202,10 @@ class LiveAverage(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow optimizers that were made anew and parameters that were unfrozen."""
         self._average.refresh(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The same for those that callbacks after this one, or the module, have unfrozen."""
+        self._average.before_batch(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -217,7 +226,8 @@ class LiveAverage(Callback):
                 "effective_window": average.effective_window(),
                 "relative_distance": distance,
             }
-            self.log_dict({f"{self.name}/{key}": value for key, value in values.items()}, sync_dist=True)
+            if not trainer.barebones:  # which logs nothing, and warns of each attempt
+                self.log_dict({f"{self.name}/{key}": value for key, value in values.items()}, sync_dist=True)
         self._enter(trainer, pl_module, "validate", check=not math.isfinite(distance))  # NaN would show in it
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,6 +287,7 @@ class LiveAverage(Callback):
                 f"{type(self).__name__} {self.name!r}: {average.why_none()} The module keeps its live weights."
             )
             return
+        average.report_live()
         if trainer.global_step == 0:
             rank_zero_warn(
                 f"{self.name}: optimizers were stepped without Lightning, so its step counter stood still: "
@@ -291,7 +302,6 @@ class LiveAverage(Callback):
         """Let the optimizers go. The average stays with its module, for files and tests after the fit."""
         if self._average is not None and stage == "fit":
             self._average.close()
-        average_files.unfollow_weights_only(trainer, self)
 
     # ---------------------------------------------------------------------------------------------------------- files
 

@@ -117,9 +117,12 @@ class Schedule:
         planned = planned_time(trainer, self.start.unit)
         if planned is not None and self.start.value >= planned:
             raise UnsupportedSetup(
-                f"{self.owner}(start={self.start}): training ends before that, after {planned:g} {self.start.unit}, so "
-                "nothing would ever be averaged. Start earlier or train longer."
+                f"{self.owner}(start={self.start}): training ends before that, after "
+                f"{Time(planned, self.start.unit)}, so nothing would ever be averaged. Start earlier or train longer."
             )
+        until = self.stop and planned_time(trainer, self.stop.unit)
+        if planned and until and self.stop.value / until <= self.start.value / planned + _EPSILON:
+            raise UnsupportedSetup(f"{self.owner}(start={self.start}, stop={self.stop}): stop must come after start.")
 
 
 def planned_time(trainer: Trainer, unit: Unit = "steps") -> float | None:

@@ -30,8 +30,8 @@ class Shadow(ABC):
         """Take a sample of the live tensors; ``share`` is its weight in a running mean."""
 
     @abstractmethod
-    def grow(self, live: Tensor) -> None:
-        """Average one tensor more, as if it had always had this value."""
+    def grow(self, live: Tensor, samples: Sequence[Tensor] = ()) -> None:
+        """Average one tensor more, as if it had always had this value, or had these in what :meth:`state` gave."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -67,9 +67,13 @@ class RunningMean(Shadow):
     def settle(self) -> None:
         """A running mean is current at all times."""
 
-    def grow(self, live: Tensor) -> None:
+    def grow(self, live: Tensor, samples: Sequence[Tensor] = ()) -> None:
         """Start the new average at the present value."""
-        self.tensors.append(new_shadow(live, self.device_of(live)))
+        self.tensors.append(self._begun(live, samples, 0))
+
+    def _begun(self, live: Tensor, samples: Sequence[Tensor], number: int) -> Tensor:
+        begun = new_shadow(live, self.device_of(live))
+        return begun.copy_(samples[number]) if number < len(samples) else begun
 
     def state(self) -> list[list[Tensor]]:
         """The mean itself."""
@@ -100,10 +104,10 @@ class LatestMean(RunningMean):
             self.samples.append([new_shadow(tensor, self.device_of(tensor)) for tensor in live])
         self._stale, self.window = True, len(self.samples)
 
-    def grow(self, live: Tensor) -> None:
+    def grow(self, live: Tensor, samples: Sequence[Tensor] = ()) -> None:
         """The new tensor had this value in every sample."""
-        for sample in self.samples:
-            sample.append(new_shadow(live, self.device_of(live)))
+        for number, sample in enumerate(self.samples):
+            sample.append(self._begun(live, samples, number))
         self._stale = True
         self.tensors = []
 
@@ -125,7 +129,7 @@ class LatestMean(RunningMean):
 
     def restore(self, samples: Sequence[Sequence[Tensor]]) -> None:
         """Continue from these samples."""
-        self.samples, self.tensors, self._stale = [list(sample) for sample in samples], [], True
+        self.samples, self.tensors, self._stale = [list(sample) for sample in samples[-self.k :]], [], True
         self.window = len(self.samples)
 
 

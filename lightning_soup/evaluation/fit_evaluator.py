@@ -73,6 +73,8 @@ class FitEvaluator(ModuleEvaluator):
         verbose, first_iteration = loop.verbose, connector._first_loop_iter
         modes = dict(loop._module_mode.mode)  # what a validation that is under way will give back
         loop.verbose = False
+        logged = dict(loop._results)  # also by callbacks, which do not see this validation
+        loop._results.clear()
         for name in kept:  # a metric of training is no score of a candidate
             getattr(connector, name).clear()
         self.module.to(trainer.strategy.root_device)
@@ -81,6 +83,8 @@ class FitEvaluator(ModuleEvaluator):
         try:
             yield
         finally:
+            loop._results.clear()
+            loop._results.update(logged)
             loop.verbose = verbose
             loop._module_mode.mode = modes
             trainer.state.fn, trainer.state.stage, trainer.state.status = state
