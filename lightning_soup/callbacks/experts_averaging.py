@@ -20,6 +20,7 @@ from lightning_soup.layers.conversion import convert_to_dense, experts_of, use_e
 from lightning_soup.layers.experts import average_experts_, check_share_rate, expert_spread
 from lightning_soup.layers.feed_forward import Layers
 from lightning_soup.layers.moe import RandomUniformMoE
+from lightning_soup.layers.topk_moe import TopKMoE
 
 ShareRate = Callable[[int, int], float]
 """β at a step, counted from 0, of so many."""
@@ -39,6 +40,9 @@ class ExpertsWeightAveraging(Callback):
     Checkpoints hold the experts, for resuming, and the plain model under ``dense_state_dict``, which is what
     ``open_checkpoint`` opens and what the classifiers of this package load. Files of weights only hold the plain model
     alone. Training and its optimizer state need memory for N networks.
+
+    A model with :class:`.TopKMoE` layers, which have routers, gets the same averaging and keeps its experts: then
+    ``layers``, ``init``, ``target`` and ``scope`` have no meaning. Averaging early only is ``stop_at``.
 
     Args:
         num_experts: N, 2 or more.
@@ -84,7 +88,7 @@ class ExpertsWeightAveraging(Callback):
         self.num_experts, self.layers, self.share_rate, self.schedule = num_experts, layers, share_rate, schedule
         self.init, self.target, self.scope = init, target, scope
         self._open = Schedule(0, stop_at, 1, owner=type(self).__name__)
-        self._experts: dict[str, RandomUniformMoE] = {}
+        self._experts: dict[str, RandomUniformMoE | TopKMoE] = {}
         self._steps_done = 0
         self._loaded: dict[str, Any] | None = None
         self._total: float | None = None
@@ -117,7 +121,7 @@ class ExpertsWeightAveraging(Callback):
                 "ModelSoup stands before ExpertsWeightAveraging, so it would cook while the model still has experts. "
                 "List ExpertsWeightAveraging first."
             )
-        if experts_of(pl_module):
+        if experts_of(pl_module) or _routed(pl_module):
             return  # made in configure_model or by hand, or left by a fit that did not reach its end
         if is_overridden("configure_model", pl_module) and not any(True for _ in pl_module.parameters()):
             return  # made there, or missed in on_fit_start
@@ -125,7 +129,7 @@ class ExpertsWeightAveraging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer that owns the experts."""
-        self._experts = experts_of(pl_module)
+        self._experts = experts_of(pl_module) or _routed(pl_module)
         if not self._experts:
             raise UnsupportedSetup(
                 f"{type(pl_module).__name__} has no experts. Where the model is built in configure_model, call "
@@ -175,7 +179,7 @@ class ExpertsWeightAveraging(Callback):
         owners = [{id(p) for group in opt.param_groups for p in group["params"]} for opt in trainer.optimizers]
         found: set[int] = set()
         for name, experts in self._experts.items():
-            for key, parameter in experts.named_parameters():
+            for key, parameter in experts.experts.named_parameters(prefix="experts"):
                 if not parameter.requires_grad:
                     continue
                 index = next((i for i, owned in enumerate(owners) if id(parameter) in owned), None)
@@ -226,7 +230,7 @@ class ExpertsWeightAveraging(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model its former architecture, with the mean weights."""
-        spread = self.spread
+        spread = self.spread if experts_of(pl_module) else 0.0  # routed experts are not merged
         convert_to_dense(pl_module)
         self._experts = {}
         if spread > _FAR:
@@ -268,3 +272,8 @@ class ExpertsWeightAveraging(Callback):
         """Add the plain model."""
         expert_files.note(checkpoint, list(experts_of(pl_module)), self.num_experts)
         expert_files.add_dense(checkpoint)
+
+
+def _routed(module: LightningModule) -> dict[str, TopKMoE]:
+    """The layers of experts with routers, by path."""
+    return {name.replace("_orig_mod.", ""): part for name, part in module.named_modules() if isinstance(part, TopKMoE)}

@@ -4,11 +4,12 @@ Both work on *local* tensors: of a sharded parameter each rank averages its own 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_soup.threads import one_thread
 
 # Adding several float32 tensors in one pass costs less than one pass each; more at once spill the cache.
 _SMALL = torch.float32
@@ -154,21 +155,3 @@ def lerp(averages: list[Tensor], live: Sequence[Tensor], share: float) -> None:
         for average, tensor, same in zip(averages, live, alike, strict=True):
             # One tensor at a time: the converted copy of a whole model would double the memory.
             average.lerp_(tensor if same else tensor.to(average), share)
-
-
-@contextmanager
-def one_thread(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Run CPU operations on one thread.
-
-    Hundreds of small parallel regions each wait for the scheduler when another process takes a core: 400 ms instead of
-    20 for a ViT-B. One thread is as fast as the memory.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or not tensors or tensors[0].device.type != "cpu":
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.threads import one_thread
 
 __all__ = ["average_experts_", "check_share_rate", "expert_spread", "mean_expert", "mean_of"]
 
-# Elements that are worked on at a time: those of all experts stay in the cache between the two passes over them, and
-# torch starts no threads for so few.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 17  # elements worked on at a time: those of all experts stay in the cache between two passes over them
 
 
 def check_share_rate(beta: float, count: int) -> None:
@@ -57,8 +56,10 @@ def average_experts_(experts: Sequence[nn.Module], beta: float) -> None:
     if beta == 0:
         return
     pull = min(1.0, beta * len(experts) / (len(experts) - 1))  # 1 − ρ
-    for tensors in _rows(experts).values():
-        _pull_(tensors, pull)
+    rows = list(_rows(experts).values())
+    with one_thread(rows[0] if rows else []):
+        for tensors in rows:
+            _pull_(tensors, pull)
 
 
 def mean_expert(experts: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -116,8 +117,8 @@ def _pull_(tensors: Sequence[Tensor], pull: float) -> None:
     step = _CHUNK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
     for start in range(0, len(flat[0]), step):
         parts = [tensor[start : start + step] for tensor in flat]
-        mean = parts[1] - parts[0]
+        mean = parts[0] + parts[1]
         for part in parts[2:]:
-            mean.add_(part).sub_(parts[0])
-        mean.div_(len(parts)).add_(parts[0])
+            mean += part
+        mean *= 1 / len(parts)
         torch._foreach_lerp_(parts, [mean] * len(parts), pull)

@@ -12,7 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.robustness import Classes, project, project_targets
+from lightning_soup.layers.moe import RandomUniformMoE
 from lightning_soup.modules.optimization import parameter_groups, warmup_cosine, warmup_steps
+from lightning_soup.weights.formats import DENSE_KEY
 
 __all__ = ["Batch", "ClassificationModule"]
 
@@ -39,6 +41,21 @@ class ClassificationModule(LightningModule, ABC):
     @abstractmethod
     def trained_part(self) -> nn.Module:
         """The module whose parameters are optimized; it may name those without decay (``no_weight_decay()``)."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load the plain model of a file with experts (:class:`.ExpertsWeightAveraging`), unless this one has experts.
+
+        Raises:
+            UnsupportedSetup: A training is resumed from such a file without the callback.
+        """
+        if DENSE_KEY not in checkpoint or any(isinstance(part, RandomUniformMoE) for part in self.modules()):
+            return
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            raise UnsupportedSetup(
+                "The checkpoint is of a training with ExpertsWeightAveraging. Add the callback to the Trainer, with "
+                "the same options, to resume; or begin a training from its plain model, with checkpoint_path."
+            )
+        checkpoint["state_dict"] = checkpoint[DENSE_KEY]
 
     # ------------------------------------------------------------------------------------------------------- training
 

@@ -263,6 +263,7 @@ class CLIPClassifier(ClassificationModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the checkpoint's trained head where this one is written in words; refuse one of other classes."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         if self.head is None:
             checkpoint["state_dict"] = without_head(state)

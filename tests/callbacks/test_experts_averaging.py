@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_soup.callbacks import (
     EqualAverage,
@@ -21,9 +21,10 @@ from lightning_soup.callbacks import (
     WeightEnsemble,
 )
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.layers import RandomUniformMoE, use_experts
+from lightning_soup.layers import RandomUniformMoE, TopKMoE, use_experts
 from lightning_soup.layers.conversion import dense_state, experts_of
 from lightning_soup.layers.experts import mean_expert
+from lightning_soup.modules import ImageClassifier
 from lightning_soup.recipes import InterpolatedSoup
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt, OverflowAt
@@ -212,6 +213,36 @@ def test_independent_experts_without_averaging_end_apart_and_that_is_said():
         fit(callback)
 
 
+class Routed(TinyTransformer):
+    """Has routers in two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.net[2:4]:
+            block.mlp = TopKMoE(block.mlp, 8, num_experts=3, num_shared=1)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.01 * sum(b.mlp.balance_loss for b in self.net[2:4])
+
+
+def test_experts_with_routers_are_averaged_early_and_stay():
+    spreads = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            spreads.append(trainer.callbacks[0].spread)
+
+    callback = ExpertsWeightAveraging(3, share_rate=0.6, schedule="constant", stop_at="1 epochs")
+    _, module = fit([callback, Look()], module=Routed())
+    assert spreads[0] < 0.2 * spreads[2]
+    assert isinstance(module.net[2].mlp, TopKMoE)
+    shared, router = module.net[2].mlp.shared[0], module.net[2].mlp.router
+    assert not torch.equal(shared[0].weight, module.net[2].mlp.experts[0][0].weight)
+    assert router.weight.shape == (3, 8)
+    with pytest.raises(UnsupportedSetup, match="has 3 experts, but num_experts=4"):
+        fit(ExpertsWeightAveraging(4), module=Routed())
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -242,6 +273,25 @@ def test_a_file_with_experts_without_the_callback_is_an_error_that_names_them(tm
     fit([ExpertsWeightAveraging(), keep], enable_checkpointing=True)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.2\.mlp\.experts\.0"):
         fit([], epochs=4, ckpt_path=keep.best_model_path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_the_classifiers_of_the_package_load_the_plain_model(tmp_path):
+    def classifier():
+        arguments = {"patch_size": 14, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        return ImageClassifier("vit_tiny_patch16_224", img_size=28, in_chans=1, num_classes=3, model_args=arguments)
+
+    images = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(images, torch.arange(12) % 3), 4)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}")
+    options = {"epochs": 1, "data": [data, data], "enable_checkpointing": True}
+    _, module = fit([ExpertsWeightAveraging(layers="all"), keep], module=classifier(), **options)
+    loaded = ImageClassifier.load_from_checkpoint(keep.best_model_path)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in module.state_dict().items())
+    [scores] = quiet_trainer().test(classifier(), data, ckpt_path=keep.best_model_path, verbose=False)
+    assert scores == quiet_trainer().test(module, data, verbose=False)[0]
+    with pytest.raises(UnsupportedSetup, match=r"Add the callback to the Trainer.*to resume"):
+        fit([], module=classifier(), ckpt_path=keep.best_model_path, **{**options, "epochs": 2})
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, WeightEnsemble
 from lightning_soup.callbacks.averaged_tensors import is_captured
-from lightning_soup.callbacks.shadow import LatestMean, RunningMean, one_thread
+from lightning_soup.callbacks.shadow import LatestMean, RunningMean
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
+from lightning_soup.threads import one_thread
 from tests.helpers.averages import assert_close, equal, exponential, fit, loaders, values_of, with_start
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.trainers import quiet_trainer

@@ -1,0 +1,155 @@
+"""What experts cost, beside the plain network: the layer, the averaging step, a training step and an evaluation step.
+
+    python -m tests.benchmarks.experts
+
+At the size of ViT-S (384, 1536), four experts, one thread, CPU time. All run in turn in each round; a ratio is the
+median of the ratios within the rounds. The averaging step is that of six layers, more than the caches hold.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from lightning_soup.layers import RandomUniformMoE, average_experts_, use_experts
+from lightning_soup.layers.conversion import experts_of
+
+WIDTH, HIDDEN, EXPERTS, LAYERS = 384, 1536, 4, 6
+Work = Callable[[], object]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=4, help="a batch of the training and evaluation steps")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for tokens in (3152, 197):
+        _table(f"layer, forward and backward, {tokens} tokens", _layers(tokens), options.rounds)
+    _table(f"averaging step, {LAYERS} layers", _averaging(), options.rounds)
+    _table(f"ViT-S, training step, {options.images} images", _steps(options.images, train=True), options.rounds)
+    _table(f"ViT-S, evaluation step, {options.images} images", _steps(options.images, train=False), options.rounds)
+
+
+def ratios(work: dict[str, Work], rounds: int) -> dict[str, float]:
+    """Cost of each, in units of the first: medians over the rounds, after one to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        times = {}
+        for name in work if number % 2 else reversed(work):
+            begin = time.process_time()
+            work[name]()
+            times[name] = time.process_time() - begin
+        if number:
+            for name, value in times.items():
+                found[name].append(value / times[next(iter(work))])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _table(title: str, work: dict[str, Work], rounds: int) -> None:
+    print(f"\n{title}")
+    for name, ratio in ratios(work, rounds).items():
+        print(f"  {name:48} {ratio:6.2f} x")
+
+
+def _mlp() -> nn.Module:
+    return timm.layers.Mlp(WIDTH, HIDDEN)
+
+
+class Masked(nn.Module):
+    """A mask for each expert, as routers do it."""
+
+    def __init__(self, experts: nn.ModuleList) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert_of = torch.randperm(x.shape[1]) % len(self.experts)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = expert_of == number
+            out[:, mask] = expert(x[:, mask])
+        return out
+
+
+class Everywhere(Masked):
+    """Every expert on every token, with weights 0 and 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert_of = torch.randperm(x.shape[1]) % len(self.experts)
+        parts = [expert(x) * (expert_of == number).view(1, -1, 1) for number, expert in enumerate(self.experts)]
+        return sum(parts[1:], parts[0])
+
+
+def _layers(tokens: int) -> dict[str, Work]:
+    x = torch.randn(1, tokens, WIDTH, requires_grad=True)
+    moe = RandomUniformMoE.from_dense(_mlp(), EXPERTS)
+
+    def both(layer: nn.Module) -> Work:
+        return lambda: layer(x).sum().backward()
+
+    return {
+        "plain network": both(_mlp()),
+        "RandomUniformMoE": both(moe),
+        "a mask for each expert": both(Masked(copy.deepcopy(moe.experts))),
+        "every expert on every token": both(Everywhere(copy.deepcopy(moe.experts))),
+    }
+
+
+def _averaging() -> dict[str, Work]:
+    layers = [[_mlp() for _ in range(EXPERTS)] for _ in range(LAYERS)]
+    source = [parameter.detach() for experts in layers for expert in experts for parameter in expert.parameters()]
+    target = [torch.empty_like(tensor) for tensor in source]
+
+    def by_state_dict(experts: list[nn.Module]) -> None:
+        states = [{name: value.clone() for name, value in expert.state_dict().items()} for expert in experts]
+        for number, expert in enumerate(experts):
+            others = [state for other, state in enumerate(states) if other != number]
+            mixed = {n: 0.9 * v + 0.1 / 3 * sum(other[n] for other in others) for n, v in states[number].items()}
+            expert.load_state_dict(mixed)
+
+    return {
+        "one read and one write of the experts": lambda: [t.copy_(s) for s, t in zip(source, target, strict=True)],
+        "average_experts_": lambda: [average_experts_(experts, 0.1) for experts in layers],
+        "state dict by state dict": lambda: [by_state_dict(experts) for experts in layers],
+    }
+
+
+def _steps(images: int, train: bool) -> dict[str, Work]:
+    x, y = torch.randn(images, 3, 224, 224), torch.arange(images)
+    work: dict[str, Work] = {}
+    for name in ("dense", "EWA, every other layer", "EWA, all layers"):
+        model = timm.create_model("vit_small_patch16_224", num_classes=10)
+        if name != "dense":
+            use_experts(model, EXPERTS, "all" if "all" in name else "every_other")
+        layers = list(experts_of(model).values())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step(model=model, layers=layers, optimizer=optimizer) -> None:
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for layer in layers:
+                average_experts_(layer.experts, 0.1)
+
+        def evaluate(model=model) -> None:
+            with torch.no_grad():
+                model(x)
+
+        model.train(train)
+        work[name] = step if train else evaluate
+    return work
+
+
+if __name__ == "__main__":
+    main()
