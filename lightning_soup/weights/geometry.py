@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_soup.errors import IncompatibleIngredients
+from lightning_soup.threads import single_threaded_torch
 from lightning_soup.weights.chunks import CHUNK_BYTES
 from lightning_soup.weights.compatibility import check_compatible
 from lightning_soup.weights.data_file import hold
 from lightning_soup.weights.stored_tensor import Scratch, StoredTensor
-from lightning_soup.weights.streaming import single_threaded_torch
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
 

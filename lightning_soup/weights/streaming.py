@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_soup.progress import Progress
+from lightning_soup.threads import single_threaded_torch
 from lightning_soup.weights.chunks import Buffers, Part, combine_chunk
 from lightning_soup.weights.data_file import hold
 
@@ -92,36 +93,3 @@ def _threads(
         for worker in workers:
             if worker.ident is not None:
                 worker.join()
-
-
-class _OneThread:
-    """How many are inside :func:`single_threaded_torch`, and torch's own number of threads outside."""
-
-    lock = threading.Lock()
-    inside = 0
-    outside = 1
-
-
-@contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """Run torch operations on one thread.
-
-    On small chunks, torch's own threads cost more than they bring, and a hundredfold where another process
-    takes a core (each operation then waits a scheduler slice). Threads over chunks do not wait for one
-    another.
-
-    torch has one number of threads for the process. So it is remembered when the first of several concurrent
-    users comes in, and put back when each leaves.
-    """
-    with _OneThread.lock:
-        if not _OneThread.inside:
-            _OneThread.outside = torch.get_num_threads()
-        _OneThread.inside += 1
-        torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        with _OneThread.lock:
-            _OneThread.inside -= 1
-            torch.set_num_threads(_OneThread.outside)

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from lightning_soup.threads import single_threaded_torch
 from lightning_soup.weights import combine, data_file, save_weights, streaming
-from lightning_soup.weights.streaming import single_threaded_torch
 
 BIG = 4_000_000
 
