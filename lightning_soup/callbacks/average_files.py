@@ -67,15 +67,14 @@ def save(average: "AverageOfModule", trainer: Trainer, checkpoint: dict[str, Any
 
 def _other_half(average: "AverageOfModule", trainer: Trainer) -> dict[str, Any]:
     """The module's state with the average in it, or without it: what it does not hold now."""
-    was_left = average.left
+    was_left, copied = average.left, _copied_memory(average)  # which putting back forgets
     if average.placed:
         average.put_back()
     else:
         average.place(trainer, briefly=True)
     try:
         state = trainer.strategy.lightning_module_state_dict()
-        copied = {slot.local.data_ptr() for group in average.groups for slot in group.copied_slots}
-        copied |= average.statistics_memory()
+        copied |= _copied_memory(average)
         if copied or isinstance(trainer.strategy, ModelParallelStrategy):
             # Their memory is about to hold the other half again. Exchanged tensors keep theirs.
             state = {name: _clone(value, copied) for name, value in state.items()}
@@ -87,6 +86,12 @@ def _other_half(average: "AverageOfModule", trainer: Trainer) -> dict[str, Any]:
             if was_left:
                 average.leave()
     return state
+
+
+def _copied_memory(average: "AverageOfModule") -> set[int]:
+    """The addresses into which both halves are copied in turn, as far as the average stands in the module."""
+    slots = (slot for group in average.groups for slot in group.copied_slots)
+    return {slot.local.data_ptr() for slot in slots} | average.statistics_memory()
 
 
 def _clone(value: Any, memory: set[int]) -> Any:

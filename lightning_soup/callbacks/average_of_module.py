@@ -136,6 +136,7 @@ class AverageOfModule:
         self._steps.attach(trainer)
         self._counted = _count(trainer)
         module, rule = self.module(), self.rule
+        reshard(module)
         known = {slot.name for group in self.groups for slot in group.slots} | self._infinite
         found = [slot for slot in trainable(module, rule.include, rule.exclude) if slot.name not in known]
         if not found:
@@ -156,7 +157,7 @@ class AverageOfModule:
         return self.module() is module
 
     def place(self, trainer: Trainer, statistics: bool = False, briefly: bool = False, check: bool = True) -> None:
-        """Put the average into the module, until :meth:`put_back`.
+        """Put the average into the module, until :meth:`put_back`; nothing where it stands there already.
 
         Args:
             trainer: The Trainer.
@@ -164,6 +165,8 @@ class AverageOfModule:
             briefly: Nothing is computed before it is put back.
             check: Look for NaN first.
         """
+        if self.placed:
+            return
         reshard(self.module())
         placed: list[Group] = []
         try:

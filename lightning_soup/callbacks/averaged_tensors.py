@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -97,7 +97,7 @@ class Group:
     _copied: dict[int, Tensor] = field(default_factory=dict)
     _placed: bool = False
 
-    COUNTERS = ("steps", "since", "ticks", "absorbed", "concentration", "fresh")
+    COUNTERS: ClassVar = ("steps", "since", "ticks", "absorbed", "concentration", "fresh")
 
     def absorb(self, share: float) -> None:
         """Take the present weights as a sample; a share of 1 starts the mean anew."""

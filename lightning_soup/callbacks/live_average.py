@@ -50,10 +50,11 @@ class LiveAverage(Callback):
         exclude: Patterns of the parameters to leave live.
         buffers: ``"copy"`` leaves buffers as they are live. ``"average"`` averages those that are floating-point and
             finite. ``"recalibrate"`` estimates BatchNorm statistics anew for the average before each validation, in
-            passes without gradients over training batches.
+            passes without gradients over training batches, which go through ``validation_step``.
         recalibrate_batches: Training batches for that.
         evaluate_on: Where the module holds the average: of ``validate``, ``test`` and ``predict``. With several
-            averages in one Trainer, at most one may have any.
+            averages in one Trainer, at most one may have any. A test of a file (``ckpt_path``) is one of what the file
+            holds under ``state_dict``: the average if ``validate`` is among these.
         leave: What the module holds after ``fit``: ``"average"`` or ``"live"``. By default the average if it was
             evaluated, else the live weights.
         device: Where the average is kept, such as ``cpu`` to save memory of a GPU; None: beside the weights.
@@ -105,7 +106,10 @@ class LiveAverage(Callback):
         self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
         self.evaluate_on = tuple(evaluate_on)
         self.leave = leave or ("average" if evaluate_on else "live")
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise UnsupportedSetup(f"{owner}(device={device!r}): expected 'cpu', 'cuda' or the like. {error}") from None
         self.score_live = score_live
         self._average: AverageOfModule | None = None
         self._loaded: average_files.Loaded | None = None

@@ -54,6 +54,43 @@ def test_files_hold_recalibrated_statistics_in_one_half_and_live_ones_in_the_oth
     assert torch.equal(after["current_model_state"][MEAN], seen.live)
 
 
+def test_resumed_runs_go_on_with_the_recalibrated_statistics(tmp_path):
+    trainer, _, _ = fit(EqualAverage(start=0, every=2, buffers="recalibrate"), module=BatchNormed, epochs=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    class Look(Callback):
+        first = None
+
+        def on_train_batch_end(self, trainer, *_):
+            if self.first is None:  # before any validation
+                trainer.save_checkpoint(tmp_path / "y.ckpt")
+                self.first = load(tmp_path / "y.ckpt")["state_dict"][MEAN]
+
+    average = EqualAverage(start=0, every=2, buffers="recalibrate")
+    fit([average, look := Look()], module=BatchNormed, ckpt_path=tmp_path / "x.ckpt", num_sanity_val_steps=0)
+    assert torch.equal(look.first, load(tmp_path / "x.ckpt")["state_dict"][MEAN])
+
+
+def test_live_weights_are_in_files_written_after_training_in_half_precision(tmp_path):
+    trainer, module, trail = fit(ExponentialAverage(0.7), precision="bf16-true")
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    content = load(tmp_path / "x.ckpt")
+    assert_close(content["current_model_state"], trail[-1], atol=0)
+    assert_close(content["state_dict"], values_of(module), atol=0)
+
+
+def test_files_written_in_validation_hold_both_halves_in_half_precision(tmp_path):
+    class Hasty(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            self.scored = values_of(pl_module)
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    _, _, trail = fit([ExponentialAverage(0.7), hasty := Hasty()], precision="bf16-true")
+    content = load(tmp_path / "x.ckpt")
+    assert_close(content["current_model_state"], trail[-1], atol=0)
+    assert_close(content["state_dict"], hasty.scored, atol=0)
+
+
 def test_weights_only_files_hold_recalibrated_statistics(tmp_path):
     seen = Statistics()
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=True)

@@ -36,6 +36,7 @@ class Untouched(TinyClassifier):
         (lambda: ExponentialAverage(evaluate_on=["validation"]), r"evaluate_on=\['validation'\]"),
         (lambda: ExponentialAverage(leave="both"), "leave='both'"),
         (lambda: ExponentialAverage(recalibrate_batches=0), "recalibrate_batches=0"),
+        (lambda: ExponentialAverage(device="gpu"), r"device='gpu'\): expected 'cpu'"),
     ],
 )
 def test_when_it_is_built(make, message):
