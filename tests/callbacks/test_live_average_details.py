@@ -19,7 +19,19 @@ from lightning_soup.callbacks.shadow import LatestMean, RunningMean
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.threads import one_thread
-from tests.helpers.averages import assert_close, equal, exponential, fit, loaders, values_of, with_start
+from tests.helpers.averages import (
+    EveryWeight,
+    FrozenFirst,
+    TwoOptimizers,
+    Unfreeze,
+    assert_close,
+    equal,
+    exponential,
+    fit,
+    loaders,
+    values_of,
+    with_start,
+)
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
@@ -147,26 +159,9 @@ def test_threads_are_given_back():
 
 
 def test_a_ring_grows_by_a_layer_that_is_unfrozen():
-    class Frozen(TinyClassifier):
-        def __init__(self):
-            super().__init__()
-            self.net[0].requires_grad_(False)
-
-    class Unfreeze(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                pl_module.net[0].requires_grad_(True)
-
-    class Everything(Callback):
-        def on_fit_start(self, trainer, pl_module):
-            self.seen = []
-            trainer.optimizers[0].register_step_post_hook(
-                lambda *_: self.seen.append({n: p.detach().double().clone() for n, p in pl_module.named_parameters()})
-            )
-
     with pytest.warns(UserWarning, match="trainable since now"):
-        _, module, _ = fit([Unfreeze(), LatestAverage(10, every=1), everything := Everything()], module=Frozen)
-    assert_close(module, equal(everything.seen[0], everything.seen[-10:]))
+        _, module, _ = fit([Unfreeze(), LatestAverage(10, every=1), every := EveryWeight()], module=FrozenFirst)
+    assert_close(module, equal(every.weights[0], every.weights[-10:]))
 
 
 def test_parameters_added_to_the_optimizer_within_an_epoch_are_averaged():
@@ -266,22 +261,14 @@ def test_buffers_of_metrics_and_those_that_are_not_saved_stay_live():
 
 
 def test_buffers_go_to_the_first_optimizer_that_moves_averaged_tensors():
-    class Two(TinyClassifier):
+    class Two(TwoOptimizers):
         def __init__(self):
             super().__init__()
-            self.automatic_optimization = False
             self.register_buffer("seen", torch.zeros(1))
 
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.zero_grad()
-            self.manual_backward(loss)
+        def take_steps(self, optimizers, batch_idx):
             self.seen += 1
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (0, 3)]
+            super().take_steps(optimizers, batch_idx)
 
     average = EqualAverage(start=0, every=1, buffers="average", exclude=["net.0.*"])
     _, module, _ = fit(average, module=Two)
@@ -289,22 +276,11 @@ def test_buffers_go_to_the_first_optimizer_that_moves_averaged_tensors():
 
 
 def test_one_part_that_diverged_leaves_no_average_in_the_others():
-    class Two(TinyClassifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.zero_grad()
-            self.manual_backward(loss)
+    class Two(TwoOptimizers):
+        def take_steps(self, optimizers, batch_idx):
             if (self.current_epoch, batch_idx) == (1, 5):
                 self.net[3].weight.grad.fill_(float("nan"))
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (0, 3)]
+            super().take_steps(optimizers, batch_idx)
 
     class Live(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
@@ -534,21 +510,6 @@ def test_a_decay_too_long_is_measured_by_the_samples_that_will_be_taken(options,
 
 
 def test_live_scores_are_logged_at_the_steps_of_other_metrics():
-    class Two(TinyClassifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (0, 3)]
-
     class Steps(DummyLogger):
         def __init__(self):
             super().__init__()
@@ -559,7 +520,7 @@ def test_live_scores_are_logged_at_the_steps_of_other_metrics():
                 self.seen.setdefault(name, []).append(step)
 
     logger = Steps()
-    fit(ExponentialAverage(0.7, score_live=True), module=Two, logger=logger)
+    fit(ExponentialAverage(0.7, score_live=True), module=TwoOptimizers, logger=logger)
     assert logger.seen["ema/live_val_loss"] == logger.seen["val_loss"]
 
 

@@ -11,7 +11,19 @@ from torch import nn
 
 from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, WeightEnsemble
 from lightning_soup.errors import UnsupportedSetup
-from tests.helpers.averages import assert_close, equal, exponential, fit, loaders, values_of, with_start
+from tests.helpers.averages import (
+    EveryWeight,
+    FrozenFirst,
+    TwoOptimizers,
+    Unfreeze,
+    assert_close,
+    equal,
+    exponential,
+    fit,
+    loaders,
+    values_of,
+    with_start,
+)
 from tests.helpers.boring import TinyClassifier
 from tests.helpers.trainers import quiet_trainer
 
@@ -185,31 +197,11 @@ def test_a_trainer_is_used_again_after_an_exception():
     assert average.samples == 12
 
 
-class Frozen(TinyClassifier):
-    def __init__(self):
-        super().__init__()
-        self.net[0].requires_grad_(False)
-
-
-class Unfreeze(Callback):
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch >= 1:
-            pl_module.net[0].requires_grad_(True)
-
-
-class Everything(Callback):
-    def on_fit_start(self, trainer, pl_module):
-        self.weights = []
-        trainer.optimizers[0].register_step_post_hook(
-            lambda *_: self.weights.append({n: p.detach().double().clone() for n, p in pl_module.named_parameters()})
-        )
-
-
 @pytest.mark.parametrize("rule", [EqualAverage, LatestAverage])
 def test_a_layer_that_a_later_callback_unfreezes_is_averaged_from_its_first_step(rule):
     average = rule(start=0, every=1) if rule is EqualAverage else rule(18, every=1)
     with pytest.warns(UserWarning, match=r"trainable since now.*net\.0\.weight"):
-        _, module, _ = fit([average, Unfreeze(), everything := Everything()], module=Frozen)
+        _, module, _ = fit([average, Unfreeze(), everything := EveryWeight()], module=FrozenFirst)
     assert_close(module, {n: sum(w[n] for w in everything.weights) / 18 for n in everything.weights[0]})
 
 
@@ -218,7 +210,7 @@ def test_a_layer_that_a_later_callback_unfreezes_is_averaged_from_its_first_step
 def test_resume_is_bit_exact_where_a_layer_is_still_frozen_when_it_begins(make, tmp_path):
     def run(**options):
         keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
-        options |= {"callbacks": [keep], "enable_checkpointing": True, "module": Frozen, "epochs": 4}
+        options |= {"callbacks": [keep], "enable_checkpointing": True, "module": FrozenFirst, "epochs": 4}
         with pytest.warns(UserWarning, match="trainable since now"):
             return fit([Unfreeze(), make()], **options)[1].state_dict()
 
@@ -228,7 +220,7 @@ def test_resume_is_bit_exact_where_a_layer_is_still_frozen_when_it_begins(make, 
 
 
 def test_frozen_tensors_may_be_left_out():
-    fit(ExponentialAverage(0.7, exclude=["net.0.*"]), module=Frozen)
+    fit(ExponentialAverage(0.7, exclude=["net.0.*"]), module=FrozenFirst)
 
 
 def test_lazy_layers_are_named():
@@ -291,22 +283,9 @@ def test_start_in_steps_counts_those_before_a_resume_without_the_callback(tmp_pa
 
 
 def test_an_optimizer_that_was_never_sampled_is_named():
-    class Two(TinyClassifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.zero_grad()
-            self.manual_backward(loss)
-            often, rarely = self.optimizers()
-            often.step()
-            if batch_idx == 0:
-                rarely.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (0, 3)]
+    class Two(TwoOptimizers):
+        def take_steps(self, optimizers, batch_idx):
+            super().take_steps(optimizers[: 2 if batch_idx == 0 else 1], batch_idx)
 
     with pytest.warns(UserWarning, match=r"never sampled.*net\.3\.weight"):
         fit(EqualAverage(start=0, every=4), module=Two)

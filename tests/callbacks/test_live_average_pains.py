@@ -20,7 +20,18 @@ import lightning_soup.callbacks as ours
 from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, LiveAverage
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.weights import open_checkpoint
-from tests.helpers.averages import ROWS, Trail, assert_close, exponential, fit, loaders, values_of
+from tests.helpers.averages import (
+    ROWS,
+    EveryWeight,
+    FrozenFirst,
+    Trail,
+    Unfreeze,
+    assert_close,
+    exponential,
+    fit,
+    loaders,
+    values_of,
+)
 from tests.helpers.boring import TinyClassifier
 from tests.helpers.trainers import quiet_trainer
 
@@ -127,28 +138,9 @@ def test_l06_tensors_are_paired_by_name_and_a_changed_shape_is_an_error():
 
 
 def test_l06_a_layer_that_is_unfrozen_later_is_averaged_from_then_on():
-    class Frozen(TinyClassifier):
-        def __init__(self):
-            super().__init__()
-            self.net[0].requires_grad_(False)
-
-    class Unfreeze(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                pl_module.net[0].requires_grad_(True)
-
-    class Everything(Trail):
-        def on_fit_start(self, trainer, pl_module):
-            self.weights = []
-            self.hook = trainer.optimizers[0].register_step_post_hook(
-                lambda *_: self.weights.append(
-                    {n: p.detach().double().clone() for n, p in pl_module.named_parameters()}
-                )
-            )
-
-    everything = Everything()
+    everything = EveryWeight()
     with pytest.warns(UserWarning, match=r"trainable since now.*net\.0\.weight"):
-        _, module, _ = fit([Unfreeze(), EqualAverage(start=0, every=1), everything], module=Frozen)
+        _, module, _ = fit([Unfreeze(), EqualAverage(start=0, every=1), everything], module=FrozenFirst)
     mean = {n: sum(w[n] for w in everything.weights) / 18 for n in everything.weights[0]}
     assert_close(module, mean)
 

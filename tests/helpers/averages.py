@@ -39,6 +39,57 @@ def values_of(module: torch.nn.Module) -> Weights:
     return found
 
 
+class FrozenFirst(TinyClassifier):
+    """Begins with a layer that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+class Unfreeze(Callback):
+    """Lets that layer train from the second epoch on."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch >= 1:
+            pl_module.net[0].requires_grad_(True)
+
+
+class EveryWeight(Callback):
+    """Keeps all weights after every real step, those that are not trained too."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights: list[Weights] = []
+
+        def keep(*_: Any) -> None:
+            self.weights.append({n: p.detach().double().clone() for n, p in pl_module.named_parameters()})
+
+        self.hook = trainer.optimizers[0].register_step_post_hook(keep)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.hook.remove()
+
+
+class TwoOptimizers(TinyClassifier):
+    """Optimized by hand: an optimizer for each layer, both of which are stepped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.take_steps(self.optimizers(), batch_idx)
+
+    def take_steps(self, optimizers: list[Any], batch_idx: int) -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (0, 3)]
+
+
 @dataclass(frozen=True)
 class Row:
     """A callback with arguments, and its average after the steps of a trail (``trail[0]`` is the start)."""
