@@ -10,7 +10,8 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from lightning_soup.runs.tracking import log_report, log_soup
+from lightning_soup.runs.continual import ContinualResult
+from lightning_soup.runs.tracking import log_continual, log_report, log_soup
 from tests.helpers.reports import fake_report, soup, trial
 
 SOURCE = "wandb:team/digits/model-{}:v0"
@@ -204,3 +205,30 @@ def test_other_loggers_get_the_numbers(report, file, tmp_path):
 
 def test_no_loggers_no_work():
     log_report([], SimpleNamespace(comparisons=[], of_kind=lambda kind: []))
+
+
+def test_a_continual_run_is_a_matrix_curves_and_pictures(offline, tmp_path):
+    names = ("red", "green")
+    matrix = {"red": {"red": 90.0, "green": 40.0}, "green": {"red": 70.0, "green": 80.0}}
+    result = ContinualResult(tmp_path, names, {}, {"red": 50.0, "green": 45.0}, matrix)
+    run = offline.experiment
+    log_continual([offline, CSVLogger(tmp_path, version=0)], result)
+    assert run.summary["continual/transfer"] == 40.0
+    assert run.summary["continual/forget"] == -20.0
+    assert run.summary["accuracy/green"] == 80.0
+    wandb.finish()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    pictures = {p.name.rsplit("_", 2)[0] for p in (folder / "files/media/images/continual").iterdir()}
+    assert pictures == {"heatmap", "curves", "metrics"}
+    [table] = (folder / "files/media/table/continual").iterdir()
+    assert json.loads(table.read_text())["data"][0] == ["zero-shot", 50.0, 45.0]
+    with open(tmp_path / "lightning_logs/version_0/metrics.csv") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["accuracy/red"] for row in rows if row["accuracy/red"]] == ["50.0", "90.0", "70.0"]
+
+
+def test_one_task_has_no_transfer_to_log(tmp_path):
+    run = OnlineRun()
+    log_continual([OnlineLogger(run)], ContinualResult(tmp_path, ("red",), {}, {"red": 50.0}, {"red": {"red": 90.0}}))
+    assert run.logged["continual/last"] == 90.0
+    assert "continual/transfer" not in run.logged
