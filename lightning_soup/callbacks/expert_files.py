@@ -1,8 +1,10 @@
 """Checkpoints of models with experts: the plain model beside them, or alone in files of weights only."""
 
+import re
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lightning_soup.callbacks.weights_only import WeightsOnlyFiles
 from lightning_soup.layers.conversion import dense_state, experts_of
@@ -27,6 +29,20 @@ def add_dense(checkpoint: dict[str, Any]) -> None:
         return
     key = DENSE_KEY if "callbacks" in checkpoint else "state_dict"
     checkpoint[key] = dense_state(checkpoint["state_dict"], record["layers"])
+
+
+def to_plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a plain model load the weights of one with experts (``test(ckpt_path="best")``); a hook of its loading."""
+    own = {name.replace("_orig_mod.", "") for name in module.state_dict()}
+    found = dict.fromkeys(
+        match[1]
+        for match in map(re.compile(r"(.+?)\.experts\.\d+\.(.+)").fullmatch, state)
+        if match and match[0] not in own and f"{match[1]}.{match[2]}" in own
+    )
+    if found:
+        plain = dense_state(state, list(found))
+        state.clear()
+        state.update(plain)
 
 
 class PlainOnly(WeightsOnlyFiles):

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import SGD
+from torch.utils.hooks import RemovableHandle
 
 from lightning_soup.callbacks import expert_files
 from lightning_soup.callbacks.model_soup import ModelSoup
@@ -85,6 +86,8 @@ class ExpertsWeightAveraging(Callback):
             raise UnsupportedSetup(f"init={init!r}: expected copy or independent.")
         if scope not in ("tokens", "positions"):
             raise UnsupportedSetup(f"scope={scope!r}: expected tokens or positions.")
+        if isinstance(target, str):
+            raise UnsupportedSetup(f"target={target!r}: expected a list of patterns: [{target!r}].")
         self.num_experts, self.layers, self.share_rate, self.schedule = num_experts, layers, share_rate, schedule
         self.init, self.target, self.scope = init, target, scope
         self._open = Schedule(0, stop_at, 1, owner=type(self).__name__)
@@ -94,6 +97,7 @@ class ExpertsWeightAveraging(Callback):
         self._total: float | None = None
         self._optimizer = 0
         self._steps: OptimizerSteps | None = None
+        self._opens_plain: RemovableHandle | None = None
 
     @property
     def state_key(self) -> str:
@@ -105,27 +109,47 @@ class ExpertsWeightAveraging(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
-        return {**self.__dict__, "_experts": {}, "_loaded": None, "_steps": None}
+        return {**self.__dict__, "_experts": {}, "_loaded": None, "_steps": None, "_opens_plain": None}
 
     # ------------------------------------------------------------------------------------------------ before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the networks, before optimizers are made and checkpoints are loaded."""
+        if self._opens_plain is not None:  # after an exception there was no teardown
+            self._opens_plain.remove()
+            self._opens_plain = None
         if stage != "fit":
+            self._opens_plain = pl_module._register_load_state_dict_pre_hook(expert_files.to_plain, with_module=True)
             return
         check_strategy(trainer, type(self).__name__, "experts are averaged whole")
         self._steps_done, self._loaded = 0, None
-        soups = [i for i, callback in enumerate(trainer.callbacks) if isinstance(callback, ModelSoup)]
-        if soups and soups[0] < trainer.callbacks.index(self):
-            raise UnsupportedSetup(
-                "ModelSoup stands before ExpertsWeightAveraging, so it would cook while the model still has experts. "
-                "List ExpertsWeightAveraging first."
-            )
-        if experts_of(pl_module) or _routed(pl_module):
-            return  # made in configure_model or by hand, or left by a fit that did not reach its end
+        self._check_others(trainer)
+        if experts_of(pl_module) or _routed(pl_module):  # made by hand, or left by a fit that did not reach its end
+            if experts_of(pl_module) and not is_overridden("configure_model", pl_module):
+                rank_zero_warn(
+                    "ExpertsWeightAveraging: the model has experts already and goes on with them, so layers, init, "
+                    "target and scope have no effect. lightning_soup.convert_to_dense(module) makes it plain again."
+                )
+            return
         if is_overridden("configure_model", pl_module) and not any(True for _ in pl_module.parameters()):
             return  # made there, or missed in on_fit_start
         use_experts(pl_module, self.num_experts, self.layers, self.init, self.target, self.scope)
+
+    def _check_others(self, trainer: Trainer) -> None:
+        """Refuse callbacks that would take experts for the model that ships."""
+        for number, callback in enumerate(trainer.callbacks):
+            names = {kind.__name__ for kind in type(callback).__mro__}
+            if "WeightAveraging" in names:
+                raise UnsupportedSetup(
+                    f"{type(callback).__name__} of Lightning exchanges the weights in files without telling, so that "
+                    "the plain model there would not be its average. Use ExponentialAverage of this package."
+                )
+            early = isinstance(callback, ModelSoup) or "StochasticWeightAveraging" in names
+            if early and number < trainer.callbacks.index(self):
+                raise UnsupportedSetup(
+                    f"{type(callback).__name__} stands before ExpertsWeightAveraging, so it would see another "
+                    "model than is trained or ships. List ExpertsWeightAveraging first."
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer that owns the experts."""
@@ -168,6 +192,8 @@ class ExpertsWeightAveraging(Callback):
         """The length of training is known now."""
         self._open.check(trainer)
         self._total = planned_time(trainer)
+        if trainer.fast_dev_run:
+            self._total = float(trainer.fast_dev_run)
         if self.schedule == "linear" and self._total is None:
             raise UnsupportedSetup(
                 "schedule='linear' needs to know how long training is, but it is endless, or optimized by hand. Set "
@@ -218,6 +244,8 @@ class ExpertsWeightAveraging(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how far experts are apart."""
+        if trainer.barebones:  # logs nothing, and warns of each attempt
+            return
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._steps_done:
             self.log("ewa/spread", self.spread, sync_dist=False, rank_zero_only=True)
 
@@ -241,6 +269,9 @@ class ExpertsWeightAveraging(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the optimizers go."""
+        if self._opens_plain is not None:
+            self._opens_plain.remove()
+            self._opens_plain = None
         if stage == "fit":
             if self._steps is not None:
                 self._steps.stop(self)
@@ -256,6 +287,15 @@ class ExpertsWeightAveraging(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the count of steps."""
         self._loaded = dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume from a training without experts, whose optimizer knows none."""
+        resumed = trainer.state.fn == "fit" and bool(checkpoint.get("optimizer_states")) and experts_of(pl_module)
+        if resumed and self.state_key not in checkpoint.get("callbacks", {}):
+            raise UnsupportedSetup(
+                "The checkpoint is of a training without ExpertsWeightAveraging, which cannot go on with experts. "
+                "Begin a training from its weights instead: load them into the module, and give no ckpt_path."
+            )
 
     def _check_loaded(self) -> None:
         if self._loaded is None:

@@ -1,11 +1,13 @@
 """A model's feed-forward networks into experts, and experts back into plain networks."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.experts import mean_of
 from lightning_soup.layers.feed_forward import Layers, choose, find_feed_forwards
 from lightning_soup.layers.moe import RandomUniformMoE
@@ -42,6 +44,13 @@ def use_experts(
     """
     found = find_feed_forwards(module, target)
     chosen = choose(list(found), layers)
+    if init == "independent":
+        frozen = [name for name in chosen if not any(p.requires_grad for p in found[name].parameters())]
+        if frozen:
+            raise UnsupportedSetup(
+                f"init='independent' would draw the frozen weights of {frozen[0]} anew, which no training makes good. "
+                "Leave frozen networks out (layers, target), or use init='copy'."
+            )
     made = {name: RandomUniformMoE.from_dense(found[name], num_experts, init, scope) for name in chosen}
     for name, experts in made.items():
         _put(module, name, experts)
@@ -50,11 +59,7 @@ def use_experts(
 
 def experts_of(module: nn.Module) -> dict[str, RandomUniformMoE]:
     """The layers of experts in a model, by path, without the prefixes of wrappers."""
-    return {
-        name.replace("_orig_mod.", ""): part
-        for name, part in module.named_modules()
-        if isinstance(part, RandomUniformMoE)
-    }
+    return {_unwrapped(name): part for name, part in module.named_modules() if isinstance(part, RandomUniformMoE)}
 
 
 def convert_to_dense(module: nn.Module) -> list[str]:
@@ -84,21 +89,28 @@ def dense_state(state: Mapping[str, Any], layers: Sequence[str]) -> dict[str, An
     """
     dense: dict[str, Any] = {}
     groups: dict[str, list[Tensor]] = {}
-    places = {f"{layer}.experts." for layer in layers}
+    found = re.compile(f"({'|'.join(map(_pattern, layers))})experts\\.\\d+\\.(.+)") if layers else None
     for name, value in state.items():
-        plain = name.replace("_orig_mod.", "")
-        place = next((place for place in places if plain.startswith(place)), None)
-        if place is None:
+        match = found and found.fullmatch(name)
+        if not match:
             dense[name] = value
             continue
-        number, _, rest = plain.removeprefix(place).partition(".")
-        prefix = name[: len(name) - len(f"experts.{number}.{rest}")]
-        target = f"{prefix}{rest}"
+        target = f"{match[1]}{match[2]}"
         dense.setdefault(target, None)  # where it stood before: the order of keys is the plain model's
         groups.setdefault(target, []).append(value)
     for name, tensors in groups.items():
         dense[name] = mean_of(tensors) if tensors[0].is_floating_point() else tensors[0].clone()
     return dense
+
+
+def _pattern(layer: str) -> str:
+    """Matches the keys of a layer, also where it or what holds it is compiled."""
+    wrapped = "(?:_orig_mod\\.)*"
+    return wrapped + "".join(f"{re.escape(part)}\\.{wrapped}" for part in layer.split("."))
+
+
+def _unwrapped(name: str) -> str:
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _put(module: nn.Module, name: str, part: nn.Module) -> None:

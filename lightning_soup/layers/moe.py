@@ -85,6 +85,16 @@ class RandomUniformMoE(nn.Module):
         done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)], dim)
         return _permute(done, _inverse(order), dim).reshape(x.shape)
 
+    def __getattr__(self, name: str) -> Any:
+        """Parts of one network, which blocks may ask for: open_clip looks up the type of ``mlp.c_fc.weight``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts = self.__dict__.get("_modules", {}).get("experts")
+            if not experts or name not in experts[0]._modules:
+                raise
+            return experts[0]._modules[name]
+
     def mean_parameters(self) -> dict[str, Tensor]:
         """W̄ by the names of one network. Formed at each use: weights change in ways that no counter shows."""
         return mean_expert(self.experts)
@@ -110,7 +120,7 @@ def _fit_to_experts(moe: RandomUniformMoE, state: dict[str, Any], prefix: str, *
             f"{prefix.rstrip('.')} has {count} experts, but the weights are of {len(numbers)}. Give num_experts="
             f"{len(numbers)}, or load the plain model: open_checkpoint gives it."
         )
-    names = [name for name, _ in moe.experts[0].named_parameters()]
+    names = list(moe.experts[0].state_dict())
     if not numbers and all(f"{prefix}{name}" in state for name in names):
         for name in names:
             value = state.pop(f"{prefix}{name}")

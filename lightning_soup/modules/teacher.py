@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.conversion import dense_state, experts_of
 from lightning_soup.modules.clip_models import FORMER_TENSORS, build_clip
 from lightning_soup.modules.initial_weights import load_initial_weights
 from lightning_soup.weights.weights_file import open_checkpoint
@@ -55,7 +56,12 @@ class Teacher:
             UnsupportedSetup: A tensor differs.
         """
         own, other = (
-            {name.replace("_orig_mod.", ""): tuple(value.shape) for name, value in model.state_dict().items()}
+            {
+                name.replace("_orig_mod.", ""): tuple(value.shape)
+                for name, value in dense_state(
+                    {name: value.to("meta") for name, value in model.state_dict().items()}, list(experts_of(model))
+                ).items()
+            }
             for model in (self.model, student)
         )
         if differing := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -406,8 +406,21 @@ def test_a_fit_that_failed_goes_on_with_its_experts():
     with pytest.raises(RuntimeError, match="power cut"):
         fit([ExpertsWeightAveraging(), CutAt(7)], module=module)
     assert experts_of(module)
-    fit(ExpertsWeightAveraging(), module=module)
+    with pytest.warns(UserWarning, match="the model has experts already and goes on with them, so layers, init"):
+        fit(ExpertsWeightAveraging(), module=module)
     assert list(module.state_dict()) == KEYS
+
+
+def test_a_plain_training_cannot_go_on_with_experts(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}")
+    fit([keep], enable_checkpointing=True)
+    with pytest.raises(UnsupportedSetup, match="is of a training without ExpertsWeightAveraging"):
+        fit([ExpertsWeightAveraging(), keep], epochs=4, enable_checkpointing=True, ckpt_path=keep.best_model_path)
+
+
+def test_lightnings_swa_must_come_after_it():
+    with pytest.raises(UnsupportedSetup, match="StochasticWeightAveraging stands before"):
+        fit([StochasticWeightAveraging(0.01), ExpertsWeightAveraging()])
 
 
 def test_yaml_round_trip(tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from lightning_soup.callbacks import ExpertsWeightAveraging
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.weights import open_checkpoint
+from tests.callbacks.test_experts_averaging import KEYS, fit
+from tests.helpers.averages import loaders
+from tests.helpers.clip import RowData, fit_clip, tiny_clip
+from tests.helpers.transformer import Block, TinyTransformer
+from tests.helpers.zscl import tiny_zscl, write_teacher
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*ended .* apart", "ignore:.*looks back over", "ignore:.*was called w")
+
+
+def test_fast_dev_run():
+    assert list(fit(ExpertsWeightAveraging(), fast_dev_run=True)[1].state_dict()) == KEYS
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_any_module_is_tested_on_the_plain_model_of_a_file(strict, tmp_path):
+    module = TinyTransformer()
+    module.strict_loading = strict
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    trainer, _ = fit([ExpertsWeightAveraging(), keep], module=module, enable_checkpointing=True)
+    expected = {name: value.clone() for name, value in module.state_dict().items()}
+    nn.init.zeros_(module.net[2].mlp[0].weight)
+    trainer.validate(module, loaders()[1], ckpt_path="best", verbose=False)
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    assert not module._load_state_dict_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("wrapped", ["linear", "mlp", "block", "recomputed"])
+def test_files_of_wrapped_models_hold_the_plain_model(wrapped, tmp_path):
+    module = TinyTransformer()
+    for i, block in enumerate(module.net[1:5], start=1):
+        if wrapped == "linear":
+            block.mlp[0] = torch.compile(block.mlp[0], backend="eager", dynamic=True)
+        elif wrapped == "mlp":
+            block.mlp = torch.compile(block.mlp, backend="eager", dynamic=True)
+        elif wrapped == "block":
+            module.net[i] = torch.compile(block, backend="eager")
+    if wrapped == "recomputed":
+        apply_activation_checkpointing(module, check_fn=lambda part: isinstance(part, Block))
+    keys = list(module.state_dict())
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    fit([ExpertsWeightAveraging(), keep], module=module, enable_checkpointing=True)
+    dense = torch.load(keep.best_model_path, weights_only=True)["dense_state_dict"]
+    assert list(dense) == keys == list(module.state_dict())
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in dense.items())
+    assert not any("experts" in name for name in open_checkpoint(keep.best_model_path))
+
+
+def test_networks_with_buffers_resume_from_a_plain_file(tmp_path):
+    class Scaled(nn.Sequential):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.register_buffer("scale", torch.tensor(0.5))
+
+    def make():
+        module = TinyTransformer()
+        for block in module.net[1:5]:
+            block.mlp = Scaled(*block.mlp)
+        return module
+
+    trainer, _ = fit(ExpertsWeightAveraging(), module=make())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    fit(ExpertsWeightAveraging(), module=make(), epochs=4, ckpt_path=tmp_path / "after.ckpt")
+
+
+def test_all_networks_of_both_towers_of_open_clip(tmp_path):
+    module = tiny_clip(train="both", head="text")
+    keys = list(module.state_dict())
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    trainer = fit_clip(module, callbacks=[ExpertsWeightAveraging(layers="all"), keep], enable_checkpointing=True)
+    assert list(module.state_dict()) == keys
+    trainer.test(module, datamodule=RowData(), ckpt_path="best", verbose=False)
+
+
+def test_zscl(tmp_path):
+    module = tiny_zscl(1, teacher=write_teacher(tmp_path), text_side="student")
+    keys = list(module.state_dict())
+    fit_clip(module, callbacks=[ExpertsWeightAveraging(layers="all")])
+    assert list(module.state_dict()) == keys
+
+
+def test_frozen_networks_are_not_drawn_anew():
+    module = tiny_clip(train="image", head="trained")
+    with pytest.raises(UnsupportedSetup, match=r"frozen weights of model\.transformer"):
+        fit_clip(module, callbacks=[ExpertsWeightAveraging(layers="all", init="independent")])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_of_lightning_are_refused(first):
+    both = [ExpertsWeightAveraging(), EMAWeightAveraging()]
+    with pytest.raises(UnsupportedSetup, match="Use ExponentialAverage"):
+        fit(both if first else both[::-1])
+
+
+def test_target_is_a_list():
+    with pytest.raises(UnsupportedSetup, match=r"expected a list of patterns: \['net"):
+        ExpertsWeightAveraging(target="net.*.mlp")
