@@ -64,5 +64,5 @@ def _number(record: StoredRecord, name: str) -> Any:
         return _DROP
     try:
         return record.resolve(name).tensor().item()
-    except (UnreadableCheckpoint, RuntimeError, NotImplementedError):  # torch has types that it cannot give as a number
+    except (UnreadableCheckpoint, RuntimeError):  # torch has types that it cannot give as a number
         return _DROP
