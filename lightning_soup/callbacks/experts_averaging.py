@@ -1,5 +1,6 @@
 """ExpertsWeightAveraging: train feed-forward networks as experts that are averaged, ship the plain network."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -16,8 +17,8 @@ from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.callbacks.weights_only import take_off
-from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.layers.conversion import convert_to_dense, experts_of, use_experts
+from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
+from lightning_soup.layers.conversion import convert_to_dense, experts_of, unwrapped, use_experts
 from lightning_soup.layers.experts import average_experts_, check_share_rate, expert_spread
 from lightning_soup.layers.feed_forward import Layers
 from lightning_soup.layers.moe import RandomUniformMoE
@@ -251,16 +252,26 @@ class ExpertsWeightAveraging(Callback):
 
     @property
     def spread(self) -> float:
-        """‖W − W̄‖ / ‖W‖ of the layer where experts are farthest apart."""
-        return max((expert_spread(layer.experts) for layer in self._experts.values()), default=0.0)
+        """‖W − W̄‖ / ‖W‖ of the layer where experts are farthest apart; NaN where one has diverged."""
+        spreads = [expert_spread(layer.experts) for layer in self._experts.values()]
+        return math.nan if any(map(math.isnan, spreads)) else max(spreads, default=0.0)
 
     # ------------------------------------------------------------------------------------------------------------ end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the model its former architecture, with the mean weights."""
+        """Give the model its former architecture, with the mean weights.
+
+        Raises:
+            NonFiniteWeights: An expert has a NaN or an infinite value.
+        """
         spread = self.spread if experts_of(pl_module) else 0.0  # routed experts are not merged
         convert_to_dense(pl_module)
         self._experts = {}
+        if math.isnan(spread):
+            raise NonFiniteWeights(
+                "ExpertsWeightAveraging: an expert has a NaN or an infinite value, and so has the mean: training has "
+                "diverged. Lower the learning rate or clip gradients; checkpoints from before are unharmed."
+            )
         if spread > _FAR:
             rank_zero_warn(
                 f"ExpertsWeightAveraging: the experts ended {spread:.0%} apart, so the mean network may do something "
@@ -316,4 +327,4 @@ class ExpertsWeightAveraging(Callback):
 
 def _routed(module: LightningModule) -> dict[str, TopKMoE]:
     """The layers of experts with routers, by path."""
-    return {name.replace("_orig_mod.", ""): part for name, part in module.named_modules() if isinstance(part, TopKMoE)}
+    return {unwrapped(name): part for name, part in module.named_modules() if isinstance(part, TopKMoE)}

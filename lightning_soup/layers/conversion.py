@@ -12,7 +12,7 @@ from lightning_soup.layers.experts import mean_of
 from lightning_soup.layers.feed_forward import Layers, choose, find_feed_forwards
 from lightning_soup.layers.moe import RandomUniformMoE
 
-__all__ = ["convert_to_dense", "dense_state", "experts_of", "use_experts"]
+__all__ = ["convert_to_dense", "dense_state", "experts_of", "unwrapped", "use_experts"]
 
 
 def use_experts(
@@ -59,7 +59,7 @@ def use_experts(
 
 def experts_of(module: nn.Module) -> dict[str, RandomUniformMoE]:
     """The layers of experts in a model, by path, without the prefixes of wrappers."""
-    return {_unwrapped(name): part for name, part in module.named_modules() if isinstance(part, RandomUniformMoE)}
+    return {unwrapped(name): part for name, part in module.named_modules() if isinstance(part, RandomUniformMoE)}
 
 
 def convert_to_dense(module: nn.Module) -> list[str]:
@@ -109,7 +109,8 @@ def _pattern(layer: str) -> str:
     return wrapped + "".join(f"{re.escape(part)}\\.{wrapped}" for part in layer.split("."))
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A path without what compiling and activation checkpointing put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 

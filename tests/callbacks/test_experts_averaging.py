@@ -20,7 +20,7 @@ from lightning_soup.callbacks import (
     ModelSoup,
     WeightEnsemble,
 )
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.layers import RandomUniformMoE, TopKMoE, use_experts
 from lightning_soup.layers.conversion import dense_state, experts_of
 from lightning_soup.layers.experts import mean_expert
@@ -241,6 +241,17 @@ def test_experts_with_routers_are_averaged_early_and_stay():
     assert router.weight.shape == (3, 8)
     with pytest.raises(UnsupportedSetup, match="has 3 experts, but num_experts=4"):
         fit(ExpertsWeightAveraging(4), module=Routed())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_divergence_is_never_averaged_silently(value):
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == STEPS:
+                experts_of(pl_module)["net.4.mlp"].experts[2][0].weight.data[0, 0] = value
+
+    with pytest.raises(NonFiniteWeights, match="an expert has a NaN or an infinite value"):
+        fit([ExpertsWeightAveraging(), Diverge()], limit_val_batches=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
