@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
@@ -30,6 +29,7 @@ from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt, OverflowAt
 from tests.helpers.averages import loaders
 from tests.helpers.boring import TinyData
+from tests.helpers.cli import through_yaml
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.transformer import TinyTransformer
 from tests.helpers.two_ranks import run_on_two_ranks
@@ -439,22 +439,9 @@ def test_yaml_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
     options = {"num_experts": 3, "layers": [0, 2], "share_rate": 0.5, "stop_at": "2 epochs", "target": ["net.*.mlp"]}
 
-    def cli(arguments):
-        return LightningCLI(
-            TinyTransformer,
-            TinyData,
-            args=arguments,
-            run=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults={"logger": False, "accelerator": "cpu"},
-        )
-
-    path = "lightning_soup.callbacks.ExpertsWeightAveraging"
-    first = cli({"trainer": {"callbacks": [{"class_path": path, "init_args": options}]}})
-    (tmp_path / "saved.yaml").write_text(first.parser.dump(first.config, skip_none=False))
-    for built in (first, cli(["--config", str(tmp_path / "saved.yaml")])):
-        (made,) = [one for one in built.trainer.callbacks if isinstance(one, ExpertsWeightAveraging)]
+    both = through_yaml(TinyTransformer, "lightning_soup.callbacks.ExpertsWeightAveraging", options, tmp_path)
+    assert len(both) == 2
+    for made in both:
         assert (made.num_experts, made.layers, made.share_rate, made.target) == (3, [0, 2], 0.5, ["net.*.mlp"])
         assert str(made._open.stop) == "2 epochs"
 

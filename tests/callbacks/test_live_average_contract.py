@@ -7,13 +7,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_soup.weights import open_checkpoint
 from tests.helpers.averages import ROWS, Trail, assert_close, fit, ids, loaders, values_of
 from tests.helpers.boring import TinyClassifier, TinyData
+from tests.helpers.cli import through_yaml
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -222,22 +222,9 @@ def test_yaml_round_trip(row, tmp_path, monkeypatch):
     path = f"{type(callback).__module__}.{type(callback).__name__}"
     fixed = {"name": "other", "every": "2 epochs", "start": 0.25, "exclude": ["net.3.*"], "evaluate_on": ["test"]}
 
-    def cli(arguments):
-        return LightningCLI(
-            TinyClassifier,
-            TinyData,
-            args=arguments,
-            run=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults={"logger": False, "accelerator": "cpu"},
-        )
-
-    first = cli({"trainer": {"callbacks": [{"class_path": path, "init_args": {**options, **fixed}}]}})
-    (tmp_path / "saved.yaml").write_text(first.parser.dump(first.config, skip_none=False))
-    second = cli(["--config", str(tmp_path / "saved.yaml")])
-    for built in (first.trainer.callbacks, second.trainer.callbacks):
-        (made,) = [one for one in built if isinstance(one, type(callback))]
+    both = through_yaml(TinyClassifier, path, {**options, **fixed}, tmp_path)
+    assert len(both) == 2
+    for made in both:
         assert (made.name, str(made.schedule.every), made.exclude) == ("other", "2 epochs", ("net.3.*",))
         assert made.evaluate_on == ("test",)
         assert made.leave == "average"

@@ -6,6 +6,7 @@ from lightning_soup.data.digit_styles import STYLES, DigitStyleReference, DigitS
 from lightning_soup.data.handwriting import MEAN, STD
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules import CLIPClassifier
+from tests.helpers.loaders import contents, keys, read
 from tests.helpers.trainers import quiet_trainer
 
 PARTS = {"pretrain": 300, "reference": 300, "train": 500, "test": 630}
@@ -16,19 +17,6 @@ def ready(*args, **kwargs):
     datamodule.prepare_data()
     datamodule.setup("fit")
     return datamodule
-
-
-def read(loader):
-    images, targets = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(targets)
-
-
-def keys(images):
-    return [image.numpy().tobytes() for image in images]
-
-
-def contents(loader):
-    return set(keys(read(loader)[0]))
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from lightning_soup.data.corruptions import CORRUPTIONS, corrupt
 from lightning_soup.data.handwriting import AUGMENTATIONS, MEAN, STD, Affine, HandwritingDataModule, InMemoryImages
 from lightning_soup.errors import UnsupportedSetup
+from tests.helpers.loaders import contents, read
 
 
 def ready(*args, **kwargs):
@@ -14,15 +15,6 @@ def ready(*args, **kwargs):
     datamodule.prepare_data()
     datamodule.setup("fit")
     return datamodule
-
-
-def read(loader):
-    images, targets = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(targets)
-
-
-def contents(loader):
-    return {image.numpy().tobytes() for image in read(loader)[0]}
 
 
 def test_the_case_of_few_labels():

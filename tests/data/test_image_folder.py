@@ -7,6 +7,7 @@ from lightning_soup.data.image_folder import ImageFolderDataModule
 from lightning_soup.data.transforms import Augmentation
 from lightning_soup.errors import UnsupportedSetup
 from tests.helpers.images import write_folders
+from tests.helpers.loaders import read
 
 CLASSES = ["bird", "cat", "dog"]
 SMALL = {"img_size": 16, "batch_size": 4, "num_workers": 0}
@@ -17,11 +18,6 @@ def root(tmp_path):
     for seed, name in enumerate(("train", "val", "test")):
         write_folders(tmp_path / name, CLASSES, count=5, seed=seed)
     return tmp_path
-
-
-def read(loader):
-    images, targets = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(targets)
 
 
 def test_train_val_and_test_folders(root):

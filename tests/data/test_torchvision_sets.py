@@ -1,24 +1,15 @@
 import inspect
 
 import pytest
-import torch
 import torchvision
 
 from lightning_soup.data.torchvision_sets import SETS, TorchvisionDataModule
 from lightning_soup.errors import UnsupportedSetup
 from tests.helpers.images import write_folders, write_mnist
+from tests.helpers.loaders import contents, read
 
 SMALL = {"img_size": 12, "batch_size": 8, "num_workers": 0}
 FAKE = {"size": 30, "image_size": [3, 12, 12], "num_classes": 4}
-
-
-def read(loader):
-    images, targets = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(targets)
-
-
-def contents(loader):
-    return {image.numpy().tobytes() for image in read(loader)[0]}
 
 
 @pytest.mark.parametrize("name", SETS)
