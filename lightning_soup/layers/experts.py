@@ -58,8 +58,9 @@ def average_experts_(experts: Sequence[nn.Module], beta: float) -> None:
     pull = min(1.0, beta * len(experts) / (len(experts) - 1))  # 1 − ρ
     rows = list(_rows(experts).values())
     with one_thread(rows[0] if rows else []):
+        scratch: dict[torch.dtype, Tensor] = {}
         for tensors in rows:
-            _pull_(tensors, pull)
+            _pull_(tensors, pull, scratch)
 
 
 def mean_expert(experts: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -104,8 +105,8 @@ def mean_of(tensors: Sequence[Tensor]) -> Tensor:
     return (base + apart / len(tensors)).to(first.dtype)
 
 
-def _pull_(tensors: Sequence[Tensor], pull: float) -> None:
-    """``t ← t + pull·(mean − t)`` for alike tensors."""
+def _pull_(tensors: Sequence[Tensor], pull: float, scratch: dict[torch.dtype, Tensor]) -> None:
+    """``t ← t + pull·(mean − t)`` for alike tensors; ``scratch`` holds means, as fresh memory costs page faults."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     if not all(tensor.is_contiguous() and tensor.dtype == wide for tensor in tensors):
         values = [tensor.detach().to(wide, copy=True) for tensor in tensors]
@@ -114,11 +115,14 @@ def _pull_(tensors: Sequence[Tensor], pull: float) -> None:
             tensor.copy_(value.lerp_(mean, pull))
         return
     flat = [tensor.detach().view(-1) for tensor in tensors]
-    step = _CHUNK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
-    for start in range(0, len(flat[0]), step):
+    length, device = len(flat[0]), flat[0].device
+    step = min(length, _CHUNK) if device.type == "cpu" else length
+    if wide not in scratch or len(scratch[wide]) < step or scratch[wide].device != device:
+        scratch[wide] = torch.empty(step, dtype=wide, device=device)
+    for start in range(0, length, step or 1):
         parts = [tensor[start : start + step] for tensor in flat]
-        mean = parts[0] + parts[1]
+        mean = torch.add(parts[0], parts[1], out=scratch[wide][: len(parts[0])])
         for part in parts[2:]:
             mean += part
         mean *= 1 / len(parts)
-        torch._foreach_lerp_(parts, [mean] * len(parts), pull)
+        torch._foreach_lerp_(parts[::-1], [mean] * len(parts), pull)  # the last one read is still in the cache
