@@ -1,0 +1,198 @@
+"""Masks: which weights of a network are there, kept outside of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.threads import one_thread
+
+__all__ = ["NOT_PRUNABLE", "Masks", "prunable"]
+
+NOT_PRUNABLE = (
+    "*pos_embed*",
+    "*positional_embedding*",
+    "*cls_token*",
+    "*class_token*",
+    "*class_embedding*",
+    "*reg_token*",
+    "*register_tokens*",
+    "*dist_token*",
+    "*mask_token*",
+    "*relative_position*",
+    "*token_embedding*",
+    "*logit_*",
+)
+"""Names of matrices that are no layers: embeddings, tokens, temperatures."""
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def prunable(
+    module: nn.Module, exclude: Sequence[str] = NOT_PRUNABLE, skip_first: bool = False, skip_head: bool = False
+) -> dict[str, nn.Parameter]:
+    """The parameters that pruning may touch, by name: those of two dimensions or more, so neither biases nor norms.
+
+    Names are what decides, so that attention's ``in_proj_weight`` and the projections of CLIP are among them, which
+    have no layer of their own. A parameter that has two names (tied weights) comes once.
+
+    Args:
+        module: The network.
+        exclude: Patterns of names to leave out, in place of :data:`NOT_PRUNABLE`.
+        skip_first: Leave out the first of them, in order of registration: the input layer.
+        skip_head: Leave out the last of them: the classifier of the usual networks.
+
+    Raises:
+        UnsupportedSetup: Nothing is left, or ``exclude`` is no list.
+    """
+    if isinstance(exclude, str):
+        raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
+    found = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.ndim >= 2
+        and parameter.is_floating_point()
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    names = list(found)
+    for name in [*(names[:1] if skip_first else []), *(names[-1:] if skip_head else [])]:
+        found.pop(name, None)
+    if not found:
+        raise UnsupportedSetup(
+            f"nothing in {type(module).__name__} can be pruned: it has {len(names)} parameters of two dimensions or "
+            f"more beside those in exclude={list(exclude)}, skip_first={skip_first}, skip_head={skip_head}."
+        )
+    return found
+
+
+class Masks(Mapping[str, Tensor]):
+    """For tensors by name, which elements are kept (True) and which are pruned (False), on the tensors' devices.
+
+    Args:
+        kept: Boolean tensors.
+    """
+
+    def __init__(self, kept: Mapping[str, Tensor]) -> None:
+        self._kept = dict(kept)
+        for name, mask in self._kept.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"the mask of {name} is {mask.dtype}: expected bool.")
+        self._words: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    @classmethod
+    def full(cls, tensors: Mapping[str, Tensor]) -> "Masks":
+        """Nothing is pruned yet."""
+        return cls({n: torch.ones(t.shape, dtype=torch.bool, device=t.device) for n, t in tensors.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same elements of the same tensors are pruned."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(torch.equal(self[n], other[n].to(self[n].device)) for n in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} tensors, {self.pruned:,} of {self.size:,} pruned)"
+
+    @property
+    def size(self) -> int:
+        """N: how many elements there are."""
+        return sum(mask.numel() for mask in self._kept.values())
+
+    @property
+    def pruned(self) -> int:
+        """How many are pruned, counted from the masks, not from zeros in weights."""
+        return sum(pruned_in(mask) for mask in self._kept.values())
+
+    @property
+    def sparsity(self) -> float:
+        """The share that is pruned."""
+        return self.pruned / self.size
+
+    def check(self, tensors: Mapping[str, Tensor], owner: str) -> None:
+        """Refuse masks of another model.
+
+        Args:
+            tensors: What they should fit, by name.
+            owner: Whose masks they are, for the message.
+
+        Raises:
+            UnsupportedSetup: Names or shapes differ.
+        """
+        wrong = [
+            f"{name}: mask {tuple(self[name].shape) if name in self else 'missing'}, weights "
+            f"{tuple(tensors[name].shape) if name in tensors else 'missing'}"
+            for name in [*tensors, *(n for n in self if n not in tensors)]
+            if name not in self or name not in tensors or self[name].shape != tensors[name].shape
+        ]
+        if wrong:
+            raise UnsupportedSetup(
+                f"{owner} holds the masks of another model, or of other options (exclude, skip_first, skip_head). "
+                f"{len(wrong)} tensors differ: {'; '.join(wrong[:10])}. Use the settings it was made with."
+            )
+
+    @torch.no_grad()
+    def apply_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make what is pruned exactly +0, in place, whatever is there: −0, NaN or infinity.
+
+        The bits of each element are and-ed with ones or zeros, at the cost of one read and one write. Names that have
+        no mask are left alone.
+
+        Args:
+            tensors: Weights, gradients or moments, by the names of the weights; of the weights' shapes.
+        """
+        rows = [(tensor.detach(), self._word(name, tensor)) for name, tensor in tensors.items() if name in self]
+        with one_thread([tensor for tensor, _ in rows]):
+            for tensor, word in rows:
+                tensor.view(word.dtype).bitwise_and_(word)
+
+    def _word(self, name: str, like: Tensor) -> Tensor:
+        """The mask in whole words of this type's width: −1, all ones, where kept."""
+        key = name, like.element_size(), like.device
+        if key not in self._words:
+            self._words[key] = -self._kept[name].to(like.device, _WORDS[like.element_size()])
+        return self._words[key]
+
+    def state(self) -> dict[str, Any]:
+        """For files: one bit an element, and the shapes."""
+        bits = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self.items()}
+        return {"bits": bits, "shapes": {name: list(mask.shape) for name, mask in self.items()}}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], devices: Mapping[str, torch.device] | None = None) -> "Masks":
+        """Read what :meth:`state` gave.
+
+        Args:
+            state: It.
+            devices: Where each mask goes; the CPU where nothing is said.
+
+        Raises:
+            UnsupportedSetup: It is not of that form.
+        """
+        kept = {}
+        for name, shape in state["shapes"].items():
+            bits, count = state["bits"].get(name), int(np.prod(shape))
+            if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != -(-count // 8):
+                raise UnsupportedSetup(f"the mask of {name} is damaged: expected {-(-count // 8)} bytes for {shape}.")
+            mask = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).bool().reshape(shape)
+            kept[name] = mask.to((devices or {}).get(name, torch.device("cpu")))
+        return cls(kept)
+
+
+def pruned_in(mask: Tensor) -> int:
+    """How many elements a mask prunes."""
+    return mask.numel() - int(torch.count_nonzero(mask))

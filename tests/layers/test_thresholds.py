@@ -1,0 +1,67 @@
+"""The k-th smallest score, against sorting."""
+
+import pytest
+import torch
+
+from lightning_soup.layers import thresholds
+from lightning_soup.layers.thresholds import kth_smallest
+
+DATA = {
+    "normal": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64),
+    "ties": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).mul(3).round(),
+    "sorted": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).sort().values,
+    "equal": lambda n, g: torch.full((n,), -0.25, dtype=torch.float64),
+    "zeros": lambda n, g: torch.zeros(n, dtype=torch.float64),
+    "tiny and huge": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).mul(20).exp(),
+    # what a sample of every 257th element sees is not what the others are
+    "misleading": lambda n, g: torch.where(torch.arange(n) % 257 == 0, 100.0, torch.rand(n, generator=g)).double(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("sizes", [(1,), (1000,), (0, 3, 5000, 41)], ids=str)
+def test_it_is_what_sorting_gives(data: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(len(data))
+    scores = [DATA[data](n, draw).clamp(-6e4, 6e4).to(dtype) for n in sizes]
+    ordered = torch.cat(scores).abs().double().sort().values
+    for k in sorted({1, 2, len(ordered) // 2, len(ordered) * 9 // 10, len(ordered)} - {0}):
+        if k <= len(ordered):
+            value, below, equal = kth_smallest(scores, k, absolute=True)
+            assert float(value) == float(ordered[k - 1])
+            assert below == int((ordered < ordered[k - 1]).sum()) < k
+            assert equal == int((ordered == ordered[k - 1]).sum())
+
+
+@pytest.mark.parametrize("data", ["normal", "ties", "misleading", "equal"])
+def test_too_many_candidates_are_halved(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    monkeypatch.setattr(thresholds, "_FEW", 3)
+    scores = [DATA[data](3000, torch.Generator().manual_seed(0))]
+    ordered = scores[0].abs().sort().values
+    for k in (1, 7, 1500, 2999, 3000):
+        value, below, equal = kth_smallest(scores, k, absolute=True)
+        assert float(value) == float(ordered[k - 1])
+        assert below == int((ordered < value).sum())
+        assert equal == int((ordered == value).sum())
+
+
+def test_chunks_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "_CHUNK", 16)
+    scores = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in (100, 16, 33)]
+    for k in range(1, 150, 7):
+        assert kth_smallest(scores, k)[0] == torch.cat(scores).sort().values[k - 1]
+
+
+def test_mixed_types_are_compared_in_the_widest() -> None:
+    value, below, equal = kth_smallest(
+        [torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.float64)], 2, absolute=True
+    )
+    assert value.dtype == torch.float64
+    assert float(value) == float(torch.tensor(0.1))  # float32's 0.1 is the larger one
+    assert (below, equal) == (1, 1)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_k_out_of_range(k: int) -> None:
+    with pytest.raises(ValueError, match="expected 1 … 3"):
+        kth_smallest([torch.rand(3)], k)
