@@ -16,6 +16,7 @@ _ROOMS = {
         "LatestAverage",
         "LiveAverage",
         "ModelSoup",
+        "SparsityMask",
         "WeightEnsemble",
     ),
     "lightning_soup.cli": ("SoupTrainer",),

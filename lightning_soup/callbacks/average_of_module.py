@@ -21,6 +21,7 @@ from lightning_soup.callbacks.averaged_tensors import (
 )
 from lightning_soup.callbacks.recalibration import Statistics
 from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.layers.masks import Masks
 
 if TYPE_CHECKING:
     from lightning_soup.callbacks.live_average import LiveAverage
@@ -87,6 +88,14 @@ class AverageOfModule:
         for group in self.groups:
             if not group.absorbed:
                 group.absorb(1.0)
+
+    def prune(self, masks: Masks) -> None:
+        """Make what is pruned zero in the average, as it is in the weights."""
+        for group in self.groups:
+            group.prune(masks)
+        for name, samples in self.waiting.items():
+            for sample in samples:
+                masks.apply_({name: sample})
 
     def count_from(self, trainer: Trainer) -> None:
         """Training that goes on without a file's average counts on, as its epochs do."""

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from lightning_soup.callbacks.shadow import Shadow
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
+from lightning_soup.layers.masks import Masks
 from lightning_soup.weights.weights_file import clean_names
 
 
@@ -122,6 +123,11 @@ class Group:
             if self.absorbed:
                 self.shadow.grow(slot.local, samples.get(slot.name, ()))
             self.slots.append(slot)
+
+    def prune(self, masks: Masks) -> None:
+        """Make what is pruned zero in the average, as it is in the weights."""
+        names = [slot.name for slot in self.slots]
+        self.shadow.edit(lambda sample: masks.apply_(dict(zip(names, sample, strict=False))))  # empty before the first
 
     @torch.no_grad()
     def place(self, exchange: bool, briefly: bool = False, check: bool = True) -> None:

@@ -18,6 +18,7 @@ from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.callbacks.weights_only import take_off
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
+from lightning_soup.layers.masks import Masks
 
 Stage = Literal["validate", "test", "predict"]
 _STAGES: tuple[Stage, ...] = ("validate", "test", "predict")
@@ -210,6 +211,11 @@ class LiveAverage(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The same for those that callbacks after this one, or the module, have unfrozen."""
         self._average.before_batch(trainer)
+
+    def prune(self, masks: Masks) -> None:
+        """Make zero in the average what another callback has pruned in the weights."""
+        if self._average is not None:
+            self._average.prune(masks)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -94,6 +94,18 @@ class Schedule:
             return False
         return self.stop is None or _passed(trainer, self.stop.unit, step) <= self.stop.value + _EPSILON
 
+    def begun(self, trainer: Trainer, step: int) -> bool:
+        """Whether ``start`` has been reached with optimizer step number ``step``."""
+        return _passed(trainer, self.start.unit, step) >= self.start.value - _EPSILON
+
+    def progress(self, trainer: Trainer, step: int) -> float:
+        """How far it is from start to stop: 0 … 1."""
+        unit, begin = self.stop.unit, self.start.value
+        if begin and self.start.unit != unit:
+            begin *= planned_time(trainer, unit) / planned_time(trainer, self.start.unit)
+        done = (_passed(trainer, unit, step) - begin) / (self.stop.value - begin)
+        return 1.0 if done >= 1 - _EPSILON else max(done, 0.0)
+
     def due_at_step(self, since_start: int) -> bool:
         """Whether the ``since_start``-th step (from 1) after start is one that counts."""
         return (since_start - 1 if self.first else since_start) % int(self.every.value) == 0
@@ -102,8 +114,12 @@ class Schedule:
         """How many times ``every`` has passed since training began; for epochs and fractions."""
         return math.floor(_passed(trainer, self.every.unit, step) / self.every.value + _EPSILON)
 
-    def check(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer, consequence: str = "nothing would ever be averaged") -> None:
         """Refuse what can never be due.
+
+        Args:
+            trainer: The Trainer, in ``on_train_start`` or later.
+            consequence: What comes of a start after the end, for the message.
 
         Raises:
             UnsupportedSetup: ``start`` lies at or after the end of training, or a fraction of an endless one is asked.
@@ -118,7 +134,7 @@ class Schedule:
         if planned is not None and self.start.value >= planned:
             raise UnsupportedSetup(
                 f"{self.owner}(start={self.start}): training ends before that, after "
-                f"{Time(planned, self.start.unit)}, so nothing would ever be averaged. Start earlier or train longer."
+                f"{Time(planned, self.start.unit)}, so {consequence}. Start earlier or train longer."
             )
         until = self.stop and planned_time(trainer, self.stop.unit)
         if planned and until and self.stop.value / until <= self.start.value / planned + _EPSILON:

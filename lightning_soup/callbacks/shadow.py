@@ -4,7 +4,7 @@ Both work on *local* tensors: of a sharded parameter each rank averages its own 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Shadow(ABC):
     @abstractmethod
     def restore(self, samples: Sequence[Sequence[Tensor]]) -> None:
         """Continue from what :meth:`state` gave, already placed and in the right types."""
+
+    def edit(self, change: Callable[[list[Tensor]], None]) -> None:
+        """Change all that is kept, in place: each list of :meth:`state`."""
+        for sample in self.state():
+            change(sample)
 
 
 class RunningMean(Shadow):
@@ -111,6 +116,11 @@ class LatestMean(RunningMean):
             sample.append(self._begun(live, samples, number))
         self._stale = True
         self.tensors = []
+
+    def edit(self, change: Callable[[list[Tensor]], None]) -> None:
+        """The mean is formed anew."""
+        super().edit(change)
+        self._stale = True
 
     def settle(self) -> None:
         """Form the mean: once after any number of samples, since only validation and files need it."""

@@ -54,8 +54,10 @@ def cycle_amounts(sparsity: float, cycles: int, rounding: Rounding = "direct") -
 
     Source: Zimmer et al., Sparse Model Soups (arXiv 2306.16788).
     """
-    if not 0 < sparsity < 1:
-        raise UnsupportedSetup(f"sparsity={sparsity}: expected a share between 0 and 1, without them; 0.9 prunes 90 %.")
+    if isinstance(sparsity, str) or not 0 < sparsity < 1:
+        raise UnsupportedSetup(
+            f"sparsity={sparsity!r}: expected a share between 0 and 1, without them; 0.9 prunes 90 %."
+        )
     if cycles < 1:
         raise UnsupportedSetup(f"cycles={cycles}: expected 1 or more.")
     if rounding not in ("direct", "compound"):

@@ -1,0 +1,151 @@
+"""PruningCallback: the base of callbacks that prune, which keeps what is pruned at zero through training and resume."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_soup.callbacks.experts_averaging import ExpertsWeightAveraging
+from lightning_soup.callbacks.pruned_weights import PrunedWeights
+from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.callbacks.strategies import check_strategy
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.pruning import check_selection
+
+
+class PruningCallback(Callback):
+    """Keeps one mask true, through any optimizer.
+
+    After every optimizer step what is pruned is exactly zero: the weights, and what the optimizer remembers of them
+    (momentum, moments). Gradients are masked before they are clipped. Masks are no part of the module: names, order and
+    sharing of its parameters stay, and so do its files. They are in the callback's own state in checkpoints, one bit a
+    weight.
+
+    Args:
+        selection: What is pruned first; see :func:`.prune_`.
+        exclude: Patterns of parameters that are not pruned; None: embeddings, tokens and temperatures.
+        skip_first: Leave out the input layer.
+        skip_head: Leave out the last layer.
+        seed: Of the selection ``random``.
+    """
+
+    def __init__(
+        self,
+        selection: str,
+        exclude: Sequence[str] | None,
+        skip_first: bool,
+        skip_head: bool,
+        seed: int,
+    ) -> None:
+        check_selection(selection)
+        if isinstance(exclude, str):
+            raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
+        self.selection, self.seed = selection, seed
+        self.exclude = None if exclude is None else list(exclude)
+        self.skip_first, self.skip_head = skip_first, skip_head
+        self._pruned: PrunedWeights | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._steps: OptimizerSteps | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
+        return {**self.__dict__, "_pruned": None, "_resumed": None, "_steps": None}
+
+    @property
+    def masks(self) -> Masks | None:
+        """The masks, once the fit has begun."""
+        return self._pruned.masks if self._pruned else None
+
+    @property
+    def sparsity_reached(self) -> float:
+        """The share of the prunable weights that is pruned, counted from the masks."""
+        return self._pruned.masks.sparsity if self._pruned else 0.0
+
+    # ------------------------------------------------------------------------------------------------ before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies and callbacks under which masks cannot hold."""
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        self._resumed = None
+        check_strategy(trainer, name, "masks are laid over whole parameters")
+        for callback in trainer.callbacks:
+            kind = type(callback).__name__
+            if any(base.__name__ == "ModelPruning" for base in type(callback).__mro__):
+                raise UnsupportedSetup(
+                    f"{kind} of Lightning stands beside {name}. It moves weights to other names and another order, "
+                    f"forgets its masks in checkpoints, and prunes its amount again in each epoch. Remove it: {name} "
+                    "prunes alone."
+                )
+            if isinstance(callback, ExpertsWeightAveraging):
+                raise UnsupportedSetup(
+                    f"{kind} stands beside {name}: averaging experts, each with its own mask, fills what is pruned. "
+                    "Train with experts first, and prune the plain network in a fit of its own."
+                )
+            if callback is not self and isinstance(callback, PruningCallback):
+                raise UnsupportedSetup(f"{name} stands beside another {kind}, and both prune. Keep one of them.")
+        if any(True for _ in pl_module.parameters()):  # else they are made in configure_model
+            PrunedWeights(pl_module, self.exclude, self.skip_first, self.skip_head)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the weights on their device, and lay the masks of a checkpoint or of an earlier fit over them."""
+        earlier = self._pruned
+        self._pruned = PrunedWeights(pl_module, self.exclude, self.skip_first, self.skip_head)
+        if self._resumed is not None:
+            self._pruned.resume(self._resumed, "the checkpoint")
+        elif earlier is not None and earlier.is_of(self._pruned.tensors):
+            self._pruned.masks = earlier.masks  # in another fit of the same module what is pruned stays so
+        self._pruned.mask_weights()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """States of optimizers are loaded now."""
+        for optimizer in trainer.optimizers:
+            self._pruned.mask_optimizer(optimizer)
+        self._steps = OptimizerSteps.of(trainer)
+        self._steps.listen(self, partial(self._after_step, trainer), phase="mutate")
+
+    # ------------------------------------------------------------------------------------------------ during training
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gradients are unscaled now, and not yet clipped."""
+        self._pruned.mask_gradients()
+
+    def _after_step(self, trainer: Trainer, optimizer: int) -> None:
+        self._pruned.mask_optimizer(trainer.optimizers[optimizer])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the sparsity."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.barebones:
+            self.log("sparsity", self.sparsity_reached, sync_dist=False, rank_zero_only=True)
+
+    # ------------------------------------------------------------------------------------------------------------ end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the masks have held."""
+        if not self._pruned.holds():
+            rank_zero_warn(
+                f"{type(self).__name__}: something wrote to pruned weights after the last optimizer step. They are "
+                "zero again."
+            )
+            self._pruned.mask_weights()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Follow the optimizers no more; the masks stay, to be looked at."""
+        if self._steps is not None:
+            self._steps.stop(self)
+            self._steps = None
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, one bit a weight."""
+        return {} if self._pruned is None else {"masks": self._pruned.masks.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the masks of a checkpoint."""
+        self._resumed = state_dict.get("masks")
