@@ -16,6 +16,7 @@ _ROOMS = {
         "LatestAverage",
         "LiveAverage",
         "ModelSoup",
+        "SparseModelSoup",
         "SparsityMask",
         "WeightEnsemble",
     ),

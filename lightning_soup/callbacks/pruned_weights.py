@@ -92,6 +92,11 @@ class PrunedWeights:
                     if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
                         self.masks.apply_({name: value})
 
+    def norm(self) -> float:
+        """‖W‖ over the prunable weights."""
+        squares = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64).square() for t in self.tensors.values()]
+        return float(sum(squares)) ** 0.5
+
     def holds(self) -> bool:
         """Whether all that is pruned is zero."""
         return not any(torch.count_nonzero(self.tensors[name].detach()[~mask]) for name, mask in self.masks.items())

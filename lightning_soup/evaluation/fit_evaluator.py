@@ -14,6 +14,7 @@ from lightning_soup.evaluation.evaluator import Weights
 from lightning_soup.evaluation.loading import listed
 from lightning_soup.evaluation.module_evaluator import ModuleEvaluator, Split
 from lightning_soup.evaluation.own_loops import hidden, quiet
+from lightning_soup.weights.weights_file import clean_names
 
 
 class FitEvaluator(ModuleEvaluator):
@@ -111,7 +112,14 @@ class FitEvaluator(ModuleEvaluator):
         """As outside a fit, on the fit's own training batches; the mean over ranks, each of which sees its share."""
         reduce = self.trainer.strategy.reduce
         found = super().recalibrate(weights)
-        return {n: reduce(v, reduce_op="mean") if v.is_floating_point() else v for n, v in found.items()}
+        found = {n: reduce(v, reduce_op="mean") if v.is_floating_point() else v for n, v in found.items()}
+        own = self._own()
+        names = clean_names(own, type(self.module).__name__)
+        with torch.no_grad():
+            for raw, name in names.items():
+                if name in found:
+                    own[raw].copy_(found[name])
+        return found
 
     def _training_loader(self) -> Any:
         return listed(self.trainer.train_dataloader)[0]

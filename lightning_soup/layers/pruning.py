@@ -55,9 +55,7 @@ def cycle_amounts(sparsity: float, cycles: int, rounding: Rounding = "direct") -
     Source: Zimmer et al., Sparse Model Soups (arXiv 2306.16788).
     """
     if isinstance(sparsity, str) or not 0 < sparsity < 1:
-        raise UnsupportedSetup(
-            f"sparsity={sparsity!r}: expected a share between 0 and 1, without them; 0.9 prunes 90 %."
-        )
+        raise UnsupportedSetup(f"sparsity={sparsity!r}: expected a share above 0 and below 1; 0.9 prunes 90 %.")
     if cycles < 1:
         raise UnsupportedSetup(f"cycles={cycles}: expected 1 or more.")
     if rounding not in ("direct", "compound"):

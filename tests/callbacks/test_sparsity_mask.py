@@ -38,7 +38,7 @@ class Watch(Callback):
     """After each real step: the masks, and whether weights, states and gradients respect them (I1, I2, I3)."""
 
     def __init__(self, mask: SparsityMask) -> None:
-        self.mask, self.seen, self.broken = mask, [], []
+        self.mask, self.seen, self.broken, self.hooks = mask, [], [], []
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.hooks = [o.register_step_post_hook(lambda *_: self.look(trainer, pl_module)) for o in trainer.optimizers]
@@ -407,10 +407,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"sparsity": 0.0}, "expected a share between 0 and 1"),
-            ({"sparsity": 1.0}, "expected a share between 0 and 1"),
-            ({"sparsity": 90}, "expected a share between 0 and 1"),
-            ({"sparsity": "lots"}, "expected a share between 0 and 1"),
+            ({"sparsity": 0.0}, "expected a share above 0 and below 1"),
+            ({"sparsity": 1.0}, "expected a share above 0 and below 1"),
+            ({"sparsity": 90}, "expected a share above 0 and below 1"),
+            ({"sparsity": "lots"}, "expected a share above 0 and below 1"),
             ({"selection": "largest"}, "expected global, uniform"),
             ({"selection": "2:4", "stop": 10}, "prunes at once"),
             ({"exclude": "net.*"}, "expected a list of patterns"),

@@ -63,7 +63,7 @@ class TestSchedules:
 
     @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan])
     def test_sparsity_out_of_range(self, sparsity: float) -> None:
-        with pytest.raises(UnsupportedSetup, match="expected a share between 0 and 1"):
+        with pytest.raises(UnsupportedSetup, match="expected a share above 0 and below 1"):
             cycle_amounts(sparsity, 3)
 
     def test_other_options(self) -> None:

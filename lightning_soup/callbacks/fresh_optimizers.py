@@ -1,0 +1,118 @@
+"""Optimizers made anew within a fit, their learning rates, and the random numbers of an epoch."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.errors import UnsupportedSetup
+
+
+def make_optimizers_anew(
+    trainer: Trainer, epochs: int, schedules: bool, settings: Mapping[str, Any] | None = None, keep: bool = False
+) -> None:
+    """Ask the module for its optimizers once more, as at the beginning of a fit.
+
+    Args:
+        trainer: The Trainer, in ``fit``.
+        epochs: How long the module is told that training is, for its schedules.
+        schedules: Whether its learning-rate schedules are followed.
+        settings: Hyperparameters of the module that are other ones while it is asked, or options of the optimizer.
+        keep: Whether the new ones go on from the states of those that are there.
+    """
+    strategy = trainer.strategy
+    states = [optimizer.state_dict() for optimizer in strategy.optimizers] if keep else []
+    rates = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs] if keep else []
+    with _seen_by_the_module(trainer, epochs, settings or {}) as left:
+        strategy.setup_optimizers(trainer)
+    _optimizers_to_device(strategy.optimizers, strategy.root_device)
+    for optimizer, state in zip(strategy.optimizers, states, strict=False):
+        optimizer.load_state_dict(state)
+    for config, state in zip(strategy.lr_scheduler_configs, rates, strict=False):
+        config.scheduler.load_state_dict(state)
+    for optimizer in strategy.optimizers:
+        _set_options(optimizer, left)
+    if not schedules:
+        strategy.lr_scheduler_configs = []
+    OptimizerSteps.of(trainer)  # listens to the new ones from now on
+
+
+@contextmanager
+def _seen_by_the_module(trainer: Trainer, epochs: int, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Let a module see another length of training and other hyperparameters; gives those that it does not have."""
+    module, hparams, whole = trainer.lightning_module, trainer.lightning_module.hparams, trainer.fit_loop.max_epochs
+    own = {name: hparams[name] for name in settings if name in hparams}
+    attributes = {name: getattr(module, name) for name in settings if hasattr(module, name)}
+    trainer.fit_loop.max_epochs = epochs
+    try:
+        for name in own:
+            hparams[name] = settings[name]
+        for name in attributes:
+            setattr(module, name, settings[name])
+        yield {name: value for name, value in settings.items() if name not in own and name not in attributes}
+    finally:
+        trainer.fit_loop.max_epochs = whole
+        hparams.update(own)
+        for name, value in attributes.items():
+            setattr(module, name, value)
+
+
+def _set_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Set options of all groups but of those that are without: biases often have no weight decay."""
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in options.items() if group[name] != 0})
+
+
+def check_settings(trainer: Trainer, module: LightningModule, names: Mapping[str, Any]) -> None:
+    """Refuse to vary what neither the module nor its optimizer has.
+
+    Raises:
+        UnsupportedSetup: There is such a name.
+    """
+    optimizer = trainer.optimizers[0]
+    for name in names:
+        if name not in module.hparams and not hasattr(module, name) and name not in optimizer.defaults:
+            raise UnsupportedSetup(
+                f"vary: {type(module).__name__} has no hyperparameter {name!r}, and {type(optimizer).__name__} no such "
+                f"option. The module has {', '.join(module.hparams) or 'none (save_hyperparameters)'}; the optimizer "
+                f"{', '.join(optimizer.defaults)}; and there are seed, lr_max and retrain_epochs."
+            )
+
+
+def first_rates(optimizer: Optimizer) -> list[float]:
+    """The rate of each group as it was given, before any schedule."""
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def set_rate(optimizer: Optimizer, rate: float, ratios: list[float]) -> None:
+    """Give each group its ratio of a rate."""
+    for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate * ratio)
+        else:
+            group["lr"] = rate * ratio
+
+
+def seed_epoch(trainer: Trainer, seed: int, begun: bool) -> None:
+    """Make an epoch's order and random numbers depend on the seed alone, so that a resumed fit draws them again alike.
+
+    Args:
+        trainer: The Trainer, in ``on_train_epoch_start``.
+        seed: The seed.
+        begun: Whether the epoch has begun in another process: its order is drawn already.
+    """
+    seed += 1_000_003 * trainer.global_rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    loop = trainer.fit_loop
+    # Lightning draws the order of an epoch after this hook, but for the first epoch of a run before it.
+    if not begun and (trainer.current_epoch == 0 or loop.is_resuming):
+        iter(loop._data_fetcher)

@@ -1,0 +1,326 @@
+"""SparseModelSoup: prune, retrain copies, average them, and again, within one fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_soup.callbacks import sparse_soup_checks as checks
+from lightning_soup.callbacks.fresh_optimizers import first_rates, make_optimizers_anew, seed_epoch, set_rate
+from lightning_soup.callbacks.model_soup_checks import check_writable_on_rank_zero
+from lightning_soup.callbacks.pruning_callback import PruningCallback
+from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule, adaptive_rate, retraining_rate
+from lightning_soup.callbacks.sparse_soup_files import CycleFiles, copy_of, soup_of, start_of
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.evaluation.evaluator import Evaluator, direction
+from lightning_soup.evaluation.fit_evaluator import FitEvaluator
+from lightning_soup.evaluation.recalibrated import RecalibratedEvaluator
+from lightning_soup.layers.pruning import Rounding, check_selection, cycle_amounts
+from lightning_soup.progress import rich_progress, silent
+from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup
+from lightning_soup.runs.tracking import log_soup
+from lightning_soup.weights.atomic import user_path
+
+
+class SparseModelSoup(PruningCallback):
+    """SMS: prune, retrain several copies from the same pruned weights, average them, and begin the next cycle there.
+
+    All within one ``Trainer.fit``, whose epochs it shares out: first ``dense_epochs`` as without it, then for each
+    cycle every copy in turn. Copies of a cycle have one mask, so their average is as sparse as they are, and lies
+    where they lie. When the fit ends the module holds the soup of the last cycle. ``max_epochs`` must be
+    :attr:`total_epochs`; −1 is filled in.
+
+    Each retraining begins with a new optimizer, a learning-rate schedule of its own (the module's schedules are
+    followed in the dense training only, which they see as the whole), and random numbers that depend on the seed,
+    cycle and copy alone. It is resumable from any checkpoint; the files of the cycles in ``dirpath`` belong to it.
+    BatchNorm statistics are estimated anew before every evaluation and for every soup.
+
+    Selection uses the validation data, on which no copy trains. Metrics of different phases are those of models of
+    different sparsity: a ``ModelCheckpoint`` with ``monitor`` would find the dense model best. Let it keep all files,
+    or the last one to resume from; the soups are saved in any case. ``EarlyStopping`` is refused.
+
+    Gradients are masked before clipping, weights and moments after each step; see :class:`.SparsityMask`.
+
+    Args:
+        sparsity: S, the share of the prunable weights that is pruned in the end. Each cycle prunes the same share of
+            the survivors: ``1 − (1 − S)^(1/n)``.
+        cycles: n.
+        copies: m. One copy is iterative magnitude pruning (IMP); with ``retrain_epochs`` m times as long, it costs what
+            m copies do.
+        retrain_epochs: Epochs of each copy.
+        dense_epochs: Epochs before the first pruning; 0: the weights that the fit begins with are pruned at once.
+        recipe: How copies are combined: :class:`.UniformSoup` or another recipe, such as :class:`.GreedySoup`.
+        vary: What differs between copies, a list of m values each: ``seed``, ``lr_max``, ``retrain_epochs``, a
+            hyperparameter of the module (``weight_decay``), or an option of its optimizer. By default the seed alone.
+        schedule: Learning rate of each retraining: see :func:`.retraining_rate`. ``llr``: linear to 0. ``allr``: the
+            same, lower where little was pruned. ``clr``: cosine. ``slr``, ``lrw``, ``ft``: from the dense training.
+        lr_max: The largest rate; None: that of the dense training, or of the optimizer that the module makes. Groups of
+            parameters keep their ratios to it.
+        lr_min: Where ``clr`` ends.
+        pretraining_epochs: How long the given weights were trained, for ``allr`` without dense epochs.
+        budget: Epochs in all, from which ``retrain_epochs`` follows (BIMP).
+        selection: What is pruned first; see :func:`.prune_`.
+        rounding: ``direct``: the count of each cycle is that of its sparsity, rounded once. ``compound``: as torch's
+            pruning, of the survivors.
+        exclude: Patterns of parameters that are not pruned; None: embeddings, tokens and temperatures.
+        skip_first: Leave out the input layer.
+        skip_head: Leave out the last layer.
+        seed: Of the first copy; the others count on.
+        monitor: A metric that validation logs, by which copies and soups are scored.
+        mode: ``"max"`` or ``"min"``; by default ``"min"`` for losses and errors.
+        dirpath: Folder of starts, copies and soups; by default ``sparse_soup`` in the run's folder.
+        keep_copies: Leave the copies and starts there when the fit ends.
+
+    Attributes:
+        soup: The :class:`.Soup` of the last cycle that has ended.
+        records: For each cycle its sparsity, the scores of its copies and of its soup.
+
+    Raises:
+        UnsupportedSetup: Before training: ``max_epochs`` is not the total (which is named), an option has no meaning,
+            nothing is prunable, or a callback or strategy cannot go with it.
+
+    Source: Zimmer et al., Sparse Model Soups, ICLR 2024 (arXiv 2306.16788). The released code runs each copy as a job
+        of
+    its own, and takes the mask of the last.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        cycles: int = 3,
+        copies: int = 3,
+        retrain_epochs: int | None = None,
+        dense_epochs: int = 0,
+        recipe: Recipe | None = None,
+        vary: dict[str, list[float]] | None = None,
+        schedule: RetrainingSchedule = "llr",
+        lr_max: float | None = None,
+        lr_min: float = 0.0,
+        pretraining_epochs: int | None = None,
+        budget: int | None = None,
+        selection: str = "global",
+        rounding: Rounding = "direct",
+        exclude: Sequence[str] | None = None,
+        skip_first: bool = False,
+        skip_head: bool = False,
+        seed: int = 0,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        dirpath: str | None = None,
+        keep_copies: bool = True,
+    ) -> None:
+        super().__init__(selection, exclude, skip_first, skip_head, seed)
+        self._amounts = cycle_amounts(sparsity, cycles, rounding)
+        if check_selection(selection) and cycles != 1:
+            raise UnsupportedSetup(f"selection={selection!r} prunes at once. Give cycles=1.")
+        self.sparsity, self.cycles, self.copies = sparsity, cycles, copies
+        self.dense_epochs, self.pretraining_epochs = dense_epochs, pretraining_epochs
+        self.schedule, self.lr_max, self.lr_min = schedule, lr_max, lr_min
+        checks.check_options(self, retrain_epochs, budget)
+        each = retrain_epochs or (budget - dense_epochs) // (cycles * copies)
+        self.vary: dict[str, list[Any]] = dict(vary or {})
+        self.retrain_epochs = checks.varied(self.vary, copies, each)
+        self.plan = Plan.of(dense_epochs, cycles, self.retrain_epochs)
+        self.recipe = recipe or UniformSoup()
+        self.monitor, self.mode = monitor, mode or direction(monitor or "")
+        self.dirpath, self.keep_copies = dirpath, keep_copies
+        self.soup: Soup | None = None
+        self._forget()
+
+    @property
+    def total_epochs(self) -> int:
+        """What ``max_epochs`` must be."""
+        return self.plan.epochs
+
+    def _forget(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._phase = -1  # the index in the plan of what the module is; its length when all is done
+        self._step = 0  # in this phase
+        self._highest = 0.0
+        self._ratios: list[float] = []
+        self._history: list[float] = []
+        self._entered: int | None = None
+        self._known_files: dict[str, list[str]] = {}
+
+    # ------------------------------------------------------------------------------------------------ before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and fill in ``max_epochs``."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._forget()
+            if not trainer.fast_dev_run:
+                checks.check_trainer(self, trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the dense training see itself as the whole, and go on with the files of a checkpoint."""
+        if self._resumed is None:
+            self._pruned = None  # masks of an earlier fit are not gone on with
+        super().on_fit_start(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
+        checks.check_optimizers(self, trainer, pl_module)
+        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "sparse_soup"
+        self._files = CycleFiles(user_path(trainer.strategy.broadcast(str(folder))), self._known_files)
+        check_writable_on_rank_zero(trainer, self._files.path(soup_of(self.cycles)))
+        if self._phase < len(self.plan) and self.plan[max(self._phase, 0)].cycle == 0:
+            make_optimizers_anew(trainer, self.dense_epochs, schedules=True, keep=self._resumed is not None)
+        else:
+            trainer.strategy.lr_scheduler_configs = []
+
+    # ------------------------------------------------------------------------------------------------ during training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on to the next copy or cycle, if it is its turn."""
+        self._enter(trainer, pl_module, begun=False)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The same where a fit is resumed within an epoch, or at the last batch of one."""
+        self._enter(trainer, pl_module, begun=True)
+
+    def _enter(self, trainer: Trainer, module: LightningModule, begun: bool) -> None:
+        epoch = trainer.current_epoch
+        if epoch == self._entered or trainer.fast_dev_run:
+            return
+        self._entered, index = epoch, self.plan.index_at(epoch)
+        if index != self._phase:
+            self._finish(trainer, module)
+            self._begin(trainer, module, index)
+        phase = self.plan[index]
+        if phase.cycle:
+            seeds = self.vary.get("seed", range(self.seed, self.seed + self.copies))
+            number = (int(seeds[phase.copy]) * self.cycles + phase.cycle) * 10_007 + epoch - phase.first_epoch
+            seed_epoch(trainer, number, begun)
+
+    def _begin(self, trainer: Trainer, module: LightningModule, index: int) -> None:
+        phase = self.plan[index]
+        self._phase, self._step = index, 0
+        if not phase.cycle:
+            return
+        if phase.copy == 0:
+            self._prune(trainer, module, phase.cycle)
+        else:
+            self._files.load(start_of(phase.cycle), module)
+        own = {name: values[phase.copy] for name, values in self.vary.items() if name not in checks.OUR_OWN}
+        make_optimizers_anew(trainer, phase.epochs, schedules=False, settings=own)
+        rates = first_rates(trainer.optimizers[0])
+        self._ratios = [rate / max(rates) for rate in rates]
+        set_rate(trainer.optimizers[0], self._rate(trainer), self._ratios)
+        self._pruned.mask_weights()
+        rank_zero_info(f"SparseModelSoup: {phase}, {self.sparsity_reached:.2%} pruned, {phase.epochs} epochs.")
+
+    def _prune(self, trainer: Trainer, module: LightningModule, cycle: int) -> None:
+        pruned, (amount, of) = self._pruned, self._amounts[cycle - 1]
+        before, norm = pruned.masks, pruned.norm()
+        pruned.prune(trainer, amount, self.selection, of, self.seed + cycle)
+        drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
+        share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
+        rates = self._history or first_rates(trainer.optimizers[0])
+        self._highest = self.lr_max or max(rates)
+        if self.schedule == "allr" and share:
+            trained = self.dense_epochs or self.pretraining_epochs
+            self._highest = adaptive_rate(self._highest, max(self.retrain_epochs), trained, drop, share)
+        self._files.write(trainer, start_of(cycle))
+
+    def _rate(self, trainer: Trainer) -> float:
+        phase = self.plan[self._phase]
+        highest = self.vary["lr_max"][phase.copy] if "lr_max" in self.vary else self._highest
+        steps = phase.epochs * checks.steps_per_epoch(trainer)
+        return retraining_rate(self.schedule, self._step, steps, highest, self.lr_min, self._history)
+
+    def _after_step(self, trainer: Trainer, optimizer: int) -> None:
+        super()._after_step(trainer, optimizer)
+        if trainer.fast_dev_run:
+            return
+        own = trainer.optimizers[optimizer]
+        if self.plan[self._phase].cycle:
+            self._step += 1
+            set_rate(own, self._rate(trainer), self._ratios)
+        else:
+            self._history.append(max(float(group["lr"]) for group in own.param_groups))
+
+    # --------------------------------------------------------------------------------------------------- copies, soups
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cook the last soup, and leave it in the module."""
+        if trainer.fast_dev_run:
+            return
+        if trainer.fit_loop.epoch_progress.current.processed < self.total_epochs:
+            rank_zero_warn(
+                f"SparseModelSoup: training stopped in {self.plan[max(self._phase, 0)]}, before epoch "
+                f"{self.total_epochs}. The module holds what it was then; resume from a checkpoint to go on."
+            )
+            return
+        self._finish(trainer, pl_module)
+        self._phase = len(self.plan)
+        if not self.keep_copies:
+            self._files.remove(trainer, [name for name in self._files.state() if not name.endswith("soup")])
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep the copy that has been trained; after the last of a cycle, cook."""
+        if not 0 <= self._phase < len(self.plan) or not self.plan[self._phase].cycle:
+            return
+        phase = self.plan[self._phase]
+        self._files.write(trainer, copy_of(phase.cycle, phase.copy))
+        if phase.last:
+            self._cook(trainer, module, phase.cycle)
+
+    def _cook(self, trainer: Trainer, module: LightningModule, cycle: int) -> None:
+        names = [copy_of(cycle, copy) for copy in range(self.copies)]
+        copies = [Ingredient(self._files.open(name), label=name) for name in names]
+        inner = FitEvaluator(trainer, module, self.monitor or "", self.mode)
+        normed = any(isinstance(part, _BatchNorm) and part.track_running_stats for part in module.modules())
+        judge: Evaluator = RecalibratedEvaluator(inner) if normed else inner
+        evaluator = judge if self.monitor else None
+        scores = [evaluator.score(copy.weights) for copy in copies] if evaluator else []
+        if self.copies > 1:
+            shown = rich_progress if trainer.is_global_zero and trainer.progress_bar_callback is not None else silent
+            soup = self.recipe.without_start_check().cook(copies, evaluator, shown)
+        else:
+            soup = Soup("one copy", tuple(copies), (1.0,))
+        soup = replace(soup, coefficients=trainer.strategy.broadcast(soup.coefficients))
+        if normed:
+            soup = replace(soup, statistics={k: v.cpu() for k, v in inner.recalibrate(soup.weights()).items()})
+        soup.apply_to(module)
+        self._pruned.mask_weights()
+        score = inner.score(inner.slot()) if evaluator else None
+        self.soup = replace(soup, score=score, metric=self.monitor if evaluator else None, mode=self.mode)
+        self._files.write_soup(trainer, soup_of(cycle), self.soup)
+        self._record(trainer, cycle, [judge.natural(value) for value in scores])
+
+    def _record(self, trainer: Trainer, cycle: int, scores: list[float]) -> None:
+        record = {"cycle": cycle, "sparsity": self.sparsity_reached, "copies": scores, "soup": self.soup.natural_score}
+        self.records = [*(one for one in self.records if one["cycle"] != cycle), record]
+        told = ""
+        if self.monitor:
+            told = f"{self.monitor} {record['soup']:.4f}, its copies {', '.join(f'{score:.4f}' for score in scores)}"
+            values = {"sparse_soup/sparsity": record["sparsity"], f"sparse_soup/{self.monitor}": record["soup"]}
+            values |= {f"sparse_soup/copy_{i}": score for i, score in enumerate(scores, start=1)}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        path = self._files.path(soup_of(cycle))
+        if cycle == self.cycles:
+            log_soup(trainer.loggers, self.soup, path)
+        rank_zero_info(f"SparseModelSoup: soup of cycle {cycle}, {record['sparsity']:.2%} pruned, in {path}. {told}")
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, what the module is, and where the files are."""
+        found = {name: getattr(self, name) for name in _STATE}
+        files = self._files.state() if hasattr(self, "_files") else self._known_files
+        return {**super().state_dict(), **found, "files": files}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        super().load_state_dict(dict(state_dict))
+        for name in _STATE:
+            setattr(self, name, state_dict[name])
+        self._known_files = dict(state_dict["files"])
+
+
+_STATE = ("records", "_phase", "_step", "_highest", "_ratios", "_history")

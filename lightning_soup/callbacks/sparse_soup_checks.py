@@ -1,0 +1,134 @@
+"""What ``SparseModelSoup`` refuses before any training."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_soup.callbacks.fresh_optimizers import check_settings
+from lightning_soup.callbacks.live_average import LiveAverage
+from lightning_soup.callbacks.model_soup import ModelSoup
+from lightning_soup.callbacks.retraining import check_retraining
+from lightning_soup.errors import UnsupportedSetup
+
+if TYPE_CHECKING:
+    from lightning_soup.callbacks.sparse_soup import SparseModelSoup
+
+OUR_OWN = ("seed", "lr_max", "retrain_epochs")
+_AVERAGES = (LiveAverage, ModelSoup)
+_LIGHTNINGS_OWN = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def check_options(callback: "SparseModelSoup", retrain_epochs: int | None, budget: int | None) -> None:
+    """Refuse options without a meaning.
+
+    Raises:
+        UnsupportedSetup: There is one.
+    """
+    for name, least in (("copies", 1), ("dense_epochs", 0)):
+        value = getattr(callback, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UnsupportedSetup(f"{name}={value!r}: expected {least} or more.")
+    check_retraining(callback.schedule, callback.dense_epochs, callback.pretraining_epochs)
+    if callback.lr_max is not None and not 0 < callback.lr_max < math.inf:
+        raise UnsupportedSetup(f"lr_max={callback.lr_max}: expected more than 0.")
+    if (retrain_epochs is None) == (budget is None):
+        raise UnsupportedSetup("give retrain_epochs, the length of each retraining, or budget, the epochs in all.")
+    if retrain_epochs is not None and (not isinstance(retrain_epochs, int) or retrain_epochs < 1):
+        raise UnsupportedSetup(f"retrain_epochs={retrain_epochs!r}: expected 1 or more.")
+    if budget is not None:
+        left, runs = budget - callback.dense_epochs, callback.cycles * callback.copies
+        if left < runs or left % runs:
+            raise UnsupportedSetup(
+                f"budget={budget}: after {callback.dense_epochs} dense epochs, {left} are left for {callback.cycles} "
+                f"cycles of {callback.copies} copies, which must divide by {runs}. Give "
+                f"{callback.dense_epochs + runs * max(round(left / runs), 1)}, for example."
+            )
+
+
+def varied(vary: dict[str, list[Any]], copies: int, epochs: int) -> list[int]:
+    """How many epochs each copy has.
+
+    Raises:
+        UnsupportedSetup: A list of varied values has not one for each copy.
+    """
+    for name, values in vary.items():
+        if isinstance(values, str) or len(values) != copies:
+            raise UnsupportedSetup(f"vary: {name}={values}: expected a list of {copies} values, one for each copy.")
+    each = vary.get("retrain_epochs", [epochs] * copies)
+    if any(value != int(value) or value < 1 for value in each):
+        raise UnsupportedSetup(f"vary: retrain_epochs={each}: expected whole numbers, 1 or more.")
+    return [int(value) for value in each]
+
+
+def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a Trainer that would not run the phases, and fill in how long it trains.
+
+    Raises:
+        UnsupportedSetup: It would not.
+    """
+    total = callback.total_epochs
+    if trainer.max_steps != -1:
+        raise UnsupportedSetup(f"SparseModelSoup counts in epochs: leave max_steps out, and give max_epochs={total}.")
+    if trainer.max_epochs == -1:
+        trainer.fit_loop.max_epochs = total
+    if trainer.max_epochs != total:
+        retrained = " + ".join(map(str, callback.retrain_epochs))
+        raise UnsupportedSetup(
+            f"Trainer(max_epochs={trainer.max_epochs}): SparseModelSoup trains for {total} epochs: "
+            f"{callback.dense_epochs} dense and {callback.cycles} cycles × ({retrained}). Give max_epochs={total}, or "
+            "-1 to have it filled in."
+        )
+    if not module.automatic_optimization:
+        raise UnsupportedSetup(
+            "SparseModelSoup gives each retraining an optimizer and a schedule, which manual optimization keeps to "
+            "itself. Use automatic optimization."
+        )
+    for other in trainer.callbacks:
+        kind = type(other).__name__
+        if isinstance(other, EarlyStopping):
+            raise UnsupportedSetup(
+                f"{kind} compares models of different sparsity, and would end the fit before its soup. Remove it."
+            )
+        if isinstance(other, _AVERAGES) or any(base.__name__ in _LIGHTNINGS_OWN for base in type(other).__mro__):
+            raise UnsupportedSetup(
+                f"{kind} would average what belongs to different copies and sparsities. Remove it; the soups of this "
+                "callback can be averaged with others afterwards."
+            )
+        if isinstance(other, ModelCheckpoint) and other.monitor and callback.dense_epochs:
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={other.monitor!r}) compares models of different sparsity: the dense one will "
+                "be its best. The soups are in the folder of SparseModelSoup."
+            )
+    if callback.recipe.needs_evaluator and not (callback.monitor and trainer.enable_validation):
+        raise UnsupportedSetup(
+            f"{type(callback.recipe).__name__} chooses by a validation metric. Give SparseModelSoup(monitor='val_acc') "
+            "and validation data, or use UniformSoup."
+        )
+
+
+def check_optimizers(callback: "SparseModelSoup", trainer: Trainer, module: LightningModule) -> None:
+    """Refuse to vary what is not there.
+
+    Raises:
+        UnsupportedSetup: There are several optimizers, the training data has no length, or a name is unknown.
+    """
+    if len(trainer.optimizers) != 1:
+        raise UnsupportedSetup(f"SparseModelSoup needs one optimizer, and there are {len(trainer.optimizers)}.")
+    check_settings(trainer, module, {name: 0 for name in callback.vary if name not in OUR_OWN})
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer steps in an epoch.
+
+    Raises:
+        UnsupportedSetup: The training data has no length.
+    """
+    if math.isinf(trainer.num_training_batches):
+        raise UnsupportedSetup(
+            "SparseModelSoup's schedules need the length of an epoch, but the training data has none. Give "
+            "Trainer(limit_train_batches=…)."
+        )
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
