@@ -22,7 +22,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
     """
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: the names of its parameters have a prefix
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    # Parts of it may be compiled too.
+    spared |= {name for name, _ in model.named_parameters() if name.replace("_orig_mod.", "") in spared}
     if layer_decay is None:
         return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
     groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)

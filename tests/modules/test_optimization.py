@@ -86,3 +86,30 @@ def test_frozen_parameters_are_left_out():
     for layer_decay in (None, 0.5):
         groups = parameter_groups(model, 1e-3, 0.1, layer_decay)
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - 2
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_a_compiled_model_or_part_has_the_same_groups(layer_decay):
+    def settings(model):
+        names = {id(value): name.replace("_orig_mod.", "") for name, value in model.named_parameters()}
+        groups = parameter_groups(model, 1e-3, 0.1, layer_decay)
+        return {names[id(p)]: (g["weight_decay"], g.get("lr")) for g in groups for p in g["params"]}
+
+    expected = settings(tiny_vit())
+    assert expected["pos_embed"][0] == 0
+    assert settings(torch.compile(tiny_vit(), backend="eager")) == expected
+
+
+def test_a_compiled_part_keeps_what_has_no_decay():
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = torch.compile(tiny_vit(), backend="eager")
+
+        def no_weight_decay(self):
+            return {"part.pos_embed"}
+
+    pair = Pair()
+    decayed = {id(p) for g in parameter_groups(pair, 1e-3, 0.1, None) if g["weight_decay"] > 0 for p in g["params"]}
+    assert id(pair.part.pos_embed) not in decayed
+    assert id(pair.part.head.weight) in decayed
