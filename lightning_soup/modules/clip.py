@@ -14,14 +14,30 @@ from lightning_soup.modules.clip_head import (
     adopt_head,
     check_classnames,
     check_head,
-    check_head_shape,
+    check_stored_head,
     fingerprint,
+    named_device,
     text_parameters,
     without_head,
 )
-from lightning_soup.modules.clip_models import FORMER_TENSORS, build_clip, clip_tokenizer, read_model_config
+from lightning_soup.modules.clip_models import (
+    FORMER_TENSORS,
+    build_clip,
+    clip_tokenizer,
+    image_size,
+    read_model_config,
+    without_tower_weights,
+)
 from lightning_soup.modules.initial_weights import load_initial_weights
-from lightning_soup.modules.zero_shot import IMAGENET, evaluating, fill, read_classnames, read_templates, zero_shot_head
+from lightning_soup.modules.zero_shot import (
+    IMAGENET,
+    check_tokens,
+    evaluating,
+    fill,
+    read_classnames,
+    read_templates,
+    zero_shot_head,
+)
 
 __all__ = ["CLIPClassifier"]
 
@@ -121,8 +137,12 @@ class CLIPClassifier(ClassificationModule):
         if ":" not in model_name:
             model_name = model_name.replace("/", "-")  # ViT-B/32, as the papers write it
         config = read_model_config(model_name, model_config)
-        self.model = build_clip(config, None if model_config else model_name, pretrained)
-        self.tokenize = clip_tokenizer(config)
+        bare = without_tower_weights(config)
+        if checkpoint_path:
+            self.model = build_clip(bare)
+        else:
+            self.model = build_clip(config, None if model_config else model_name, pretrained)
+        self.tokenize = clip_tokenizer(config, model_name)
         if checkpoint_path:
             built_by = "model_name or model_config"
             load_initial_weights(self.model, checkpoint_path, optional=FORMER_TENSORS, options=built_by)
@@ -135,7 +155,7 @@ class CLIPClassifier(ClassificationModule):
         no_start = {"pretrained": None, "checkpoint_path": None, "reset_head": False, "zero_shot": False}
         words = classnames if classnames == IMAGENET else names
         self.hparams.update(
-            model_config=config, classnames=words, train_template=self.train_template, head=head, **no_start
+            model_config=bare, classnames=words, train_template=self.train_template, head=head, **no_start
         )
         self._words_from_data = names is None
         self.classnames = names
@@ -144,16 +164,14 @@ class CLIPClassifier(ClassificationModule):
         self.head: nn.Linear | None = None
         if head == "trained":
             self.head = nn.Linear(config["embed_dim"], len(names))
-            adopted = checkpoint_path and not reset_head and adopt_head(self.head, checkpoint_path)
+            adopted = checkpoint_path and not reset_head and adopt_head(self.head, names, checkpoint_path)
             if zero_shot and not adopted:
                 self._start_head(head_device)
 
     @torch.no_grad()
     def _start_head(self, device: str) -> None:
         """W = exp(logit_scale)·[w_c] and b = logit_bias, or 0."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        rows = zero_shot_head(self.model, self.tokenize, self.classnames, self.templates, device)
+        rows = zero_shot_head(self.model, self.tokenize, self.classnames, self.templates, named_device(device))
         self.head.weight.copy_(self.logit_scale() * rows)
         bias = self.model.logit_bias
         self.head.bias.fill_(0.0 if bias is None else bias.item())
@@ -161,11 +179,18 @@ class CLIPClassifier(ClassificationModule):
     # ---------------------------------------------------------------------------------------------------------- model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of images ``[B, 3, H, W]`` (grey ones ``[B, 1, H, W]`` are repeated)."""
+        """Logits ``[B, num_classes]`` of images ``[B, 3, H, W]`` (grey ones ``[B, 1, H, W]`` are repeated).
+
+        In mixed precision the head still works in float32: logits near 25, as CLIP's are, would be rounded to eighths
+        in bfloat16, and classes would tie.
+        """
         features = self.encode_image(images)
-        if self.head is not None:
-            return self.head(features)
-        logits = self.logit_scale() * F.linear(features, self._rows().to(features.dtype))
+        rows = self._rows() if self.head is None else self.head.weight
+        with torch.autocast(self.device.type, enabled=False):
+            if self.head is not None:
+                return self.head(features.to(rows.dtype))
+            full = torch.promote_types(rows.dtype, torch.float32)
+            logits = self.logit_scale() * F.linear(features.to(full), rows.to(full))
         return logits if self.model.logit_bias is None else logits + self.model.logit_bias
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -174,8 +199,7 @@ class CLIPClassifier(ClassificationModule):
         Raises:
             UnsupportedSetup: The images are not of the size that the model takes.
         """
-        size = self.model.visual.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = image_size(self.model)
         if images.ndim != 4 or images.shape[1] not in (1, 3) or tuple(images.shape[2:]) != size:
             raise UnsupportedSetup(
                 f"The model takes images [B, 3, {size[0]}, {size[1]}], the data gives {list(images.shape)}. Set the "
@@ -235,6 +259,7 @@ class CLIPClassifier(ClassificationModule):
                 return self.class_weights(self._named(), self.templates)
             if self._train_tokens is None:
                 self._train_tokens = self.tokenize(fill(self._named(), [self.train_template]))
+                check_tokens(self._named(), self._train_tokens)
             self._train_tokens = self._train_tokens.to(text[0].device)
             return self.encode_text(self._train_tokens)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode is of no use in training
@@ -262,13 +287,19 @@ class CLIPClassifier(ClassificationModule):
             check_classnames(self.classnames, found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the checkpoint's trained head where this one is written in words; refuse one of other classes."""
+        """Leave out the checkpoint's trained head where this one is written in words; refuse one of other classes.
+
+        Raises:
+            UnsupportedSetup: A trained head of another number of classes, or of the same in another order.
+        """
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         if self.head is None:
             checkpoint["state_dict"] = without_head(state)
         elif "head.weight" in state:
-            check_head_shape(self.head, state["head.weight"].shape, "The checkpoint")
+            hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY) or {}
+            shape = state["head.weight"].shape
+            check_stored_head(self.head, self._named(), shape, hparams.get("classnames"), "The checkpoint")
 
     def trained_part(self) -> nn.Module:
         """All of it: the parameters that do not learn are frozen."""

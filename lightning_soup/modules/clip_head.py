@@ -1,15 +1,26 @@
 """The head of a CLIPClassifier: where it comes from, and whether it agrees with the data."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.modules.zero_shot import IMAGENET, read_classnames
 from lightning_soup.weights.weights_file import open_checkpoint
 
-__all__ = ["adopt_head", "check_classnames", "check_head", "check_head_shape", "fingerprint", "text_parameters"]
+__all__ = [
+    "adopt_head",
+    "check_classnames",
+    "check_head",
+    "check_stored_head",
+    "fingerprint",
+    "named_device",
+    "text_parameters",
+    "without_head",
+]
 
 _OWN = ("visual.", "logit_scale", "logit_bias", "text_decoder.")  # what is no part of the text tower
 
@@ -49,21 +60,36 @@ def check_classnames(classnames: Sequence[str], found: Sequence[str]) -> None:
             f"The data has {len(found)} classes ({_some(found)}), classnames names {len(classnames)} "
             f"({_some(classnames)}). Give one name for each class of the data, in its order."
         )
-    number = {_plain(name): index for index, name in enumerate(found)}
-    for index, name in enumerate(classnames):
-        place = number.get(_plain(name), index)
-        if place != index:
-            raise UnsupportedSetup(
-                f"classnames has {name!r} as class {index}, but in the data it is class {place}: the order differs. "
-                f"The order of the data is: {_some(found)}."
-            )
+    if (moved := _misplaced(classnames, found)) is not None:
+        index, place = moved
+        raise UnsupportedSetup(
+            f"classnames has {classnames[index]!r} as class {index}, but in the data it is class {place}: the order "
+            f"differs. The order of the data is: {_some(found)}."
+        )
 
 
-def adopt_head(head: nn.Linear, path: str | os.PathLike) -> bool:
+def _misplaced(classnames: Sequence[str], found: Sequence[str]) -> tuple[int, int] | None:
+    """The first name that stands at another place in ``found``, and that place."""
+    names, places = [_plain(name) for name in classnames], [_plain(name) for name in found]
+    number = {name: index for index, name in enumerate(places)}
+    for index, name in enumerate(names):
+        place = number.get(name, index)
+        # Of classes with one name, each may be at its own place.
+        if places[index] != name and names[place] != name:
+            return index, place
+    return None
+
+
+def adopt_head(head: nn.Linear, classnames: Sequence[str], path: str | os.PathLike) -> bool:
     """Copy the trained head of a checkpoint, if it has one.
 
+    Args:
+        head: Where to.
+        classnames: What its classes are called.
+        path: The checkpoint.
+
     Returns:
-        Whether it has.
+        Whether it has one.
 
     Raises:
         UnsupportedSetup: It is one for other classes.
@@ -72,17 +98,26 @@ def adopt_head(head: nn.Linear, path: str | os.PathLike) -> bool:
     stored = {name: f"head.{name}" for name in head.state_dict()}
     if not all(name in weights for name in stored.values()):
         return False
-    shapes = {name: tuple(weights.specs[name].shape) for name in stored.values()}
-    check_head_shape(head, shapes["head.weight"], str(path))
+    shape = weights.specs[stored["weight"]].shape
+    check_stored_head(head, classnames, shape, weights.mapping_beside("hyper_parameters").get("classnames"), str(path))
     head.load_state_dict({name: weights[place] for name, place in stored.items()})
     return True
 
 
-def check_head_shape(head: nn.Linear, shape: Sequence[int], place: str) -> None:
-    """Refuse a trained head for other classes.
+def check_stored_head(
+    head: nn.Linear, classnames: Sequence[str], shape: Sequence[int], trained_for: object, place: str
+) -> None:
+    """Compare a trained head with the one that a checkpoint holds. Names may be others, as long as none has moved.
+
+    Args:
+        head: The head.
+        classnames: What its classes are called.
+        shape: Shape of the stored head's weight.
+        trained_for: The class names that stand beside it, if there are any.
+        place: The checkpoint, for the message.
 
     Raises:
-        UnsupportedSetup: The shapes differ.
+        UnsupportedSetup: Another number of classes, or the same in another order.
     """
     if tuple(shape) != tuple(head.weight.shape):
         raise UnsupportedSetup(
@@ -90,11 +125,46 @@ def check_head_shape(head: nn.Linear, shape: Sequence[int], place: str) -> None:
             f"{head.out_features} and the model has dimension {head.in_features}. Give the class names that it was "
             "trained with, or reset_head=True to start from the zero-shot head, or head='text' to judge other classes."
         )
+    stored = read_classnames(IMAGENET) if trained_for == IMAGENET else trained_for
+    if not isinstance(stored, (list, tuple)) or len(stored) != len(classnames):
+        return
+    stored = [str(name) for name in stored]
+    if (moved := _misplaced(classnames, stored)) is not None:
+        index, other = moved
+        raise UnsupportedSetup(
+            f"{place} has a head trained with {classnames[index]!r} as class {other}, but classnames has it as "
+            f"class {index}. Keep the order of its classes ({_some(stored)}), or take reset_head=True or head='text'."
+        )
+    if not {_plain(name) for name in stored} & {_plain(name) for name in classnames}:
+        warnings.warn(
+            f"The head of {place} was trained for {_some(stored)}, and none of them is in classnames "
+            f"({_some(classnames)}); it is kept, class by class. To judge other classes, take head='text'; to train on "
+            "them, reset_head=True.",
+            stacklevel=2,
+        )
+
+
+def named_device(device: str) -> torch.device:
+    """The device of a name; ``auto``: the GPU, if there is one.
+
+    Raises:
+        UnsupportedSetup: The machine has no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise UnsupportedSetup(
+            f"head_device={device!r} cannot be used: {str(error).splitlines()[0]} Expected auto, cpu, or a device of "
+            "this machine, such as cuda or cuda:1."
+        ) from error
 
 
 def text_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the text tower of an open_clip model."""
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith(_OWN)]
+    """The parameters of the text tower of an open_clip model, compiled or not."""
+    named = model.named_parameters()
+    return [value for name, value in named if not name.removeprefix("_orig_mod.").startswith(_OWN)]
 
 
 @torch.no_grad()

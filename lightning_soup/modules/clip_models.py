@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.modules.zero_shot import evaluating
 
-__all__ = ["FORMER_TENSORS", "build_clip", "clip_tokenizer", "read_model_config"]
+__all__ = ["FORMER_TENSORS", "build_clip", "clip_tokenizer", "image_size", "read_model_config", "without_tower_weights"]
 
 _NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
 
@@ -34,9 +36,9 @@ def read_model_config(model_name: str, model_config: str | Mapping[str, Any] | N
     Raises:
         UnsupportedSetup: An unknown name, a file that is no JSON, or an architecture that lacks a part.
     """
-    if model_config is None:
-        return _named_config(model_name)
     place = "model_config"
+    if model_config is None:
+        place, model_config = f"model_name={model_name!r}", _named_config(model_name)
     if isinstance(model_config, str):
         place = model_config
         try:
@@ -59,12 +61,25 @@ def read_model_config(model_name: str, model_config: str | Mapping[str, Any] | N
     return deepcopy(dict(model_config))
 
 
+def without_tower_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture that is built without weights of timm and transformers in its towers: all of them come later."""
+    towers = {
+        "vision_cfg": ("timm_model_name", "timm_model_pretrained"),
+        "text_cfg": ("hf_model_name", "hf_model_pretrained"),
+    }
+    found = deepcopy(dict(config))
+    for tower, (name, pretrained) in towers.items():
+        if found[tower].get(name):
+            found[tower][pretrained] = False
+    return found
+
+
 def _named_config(model_name: str) -> dict[str, Any]:
     import open_clip
 
     try:
         config = open_clip.get_model_config(model_name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:  # the last for a JSON file without a mapping
         raise UnsupportedSetup(f"model_name={model_name!r}: open_clip cannot find it: {error}") from error
     if config is None:
         known = open_clip.list_models()
@@ -84,7 +99,8 @@ def build_clip(config: Mapping[str, Any], model_name: str | None = None, pretrai
         pretrained: A tag of open_clip; downloaded once.
 
     Raises:
-        UnsupportedSetup: open_clip has no such weights, cannot get them, or cannot build the architecture.
+        UnsupportedSetup: open_clip has no such weights, cannot get or read them, or cannot build the architecture; or
+            its towers do not give features ``[B, embed_dim]``.
     """
     import open_clip
 
@@ -96,34 +112,91 @@ def build_clip(config: Mapping[str, Any], model_name: str | None = None, pretrai
                 f"{', '.join(tags) or 'none'}. A file of your own goes to checkpoint_path."
             )
         try:
-            return open_clip.create_model(model_name, pretrained=pretrained)
-        except (OSError, RuntimeError, ValueError) as error:
+            return open_clip.create_model(model_name, pretrained=pretrained, require_pretrained=True)
+        except Exception as error:  # a damaged file raises whatever its format's reader does: EOFError, KeyError, …
             raise UnsupportedSetup(
-                f"open_clip could not load {model_name} (pretrained={pretrained}): {error}. Without a network, give "
-                "checkpoint_path, a file of the weights."
+                f"open_clip could not load {model_name} (pretrained={pretrained}): "
+                f"{str(error).strip().rstrip('.') or type(error).__name__}. Without a network, or to read a file that "
+                "open_clip refuses, give checkpoint_path, a file of the weights."
             ) from error
     arguments = deepcopy(dict(config))
     custom = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
     kind = open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     try:
-        return kind(**arguments)
+        model = kind(**arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError, ZeroDivisionError, ImportError) as error:
         raise UnsupportedSetup(
             f"open_clip could not build this architecture: {str(error).rstrip('.')}. Given: {json.dumps(config)}"
         ) from error
+    _check_towers(model, config)
+    return model
 
 
-def clip_tokenizer(config: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that an open_clip model takes."""
+    size = model.visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class _Towers(nn.Module):
+    """Both towers in one call, for ``functional_call``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, tokens: Tensor | None) -> list[Tensor]:
+        texts = [] if tokens is None else [self.model.encode_text(tokens)]
+        return [self.model.encode_image(images), *texts]
+
+
+def _check_towers(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Encode an image and a text on the meta device: shapes without arithmetic, so it costs next to nothing.
+
+    open_clip builds towers that give tokens instead of features, or that take images of another size than they say.
+    """
+    images = torch.empty(3, 3, *image_size(model), device="meta")
+    text = config["text_cfg"]
+    tokens = None
+    if not text.get("hf_model_name"):  # those of transformers look at the tokens' values, of which there are none here
+        tokens = torch.zeros(3, _context_length(text), dtype=torch.long, device="meta")
+    towers = _Towers(model)
+    tensors = {**dict(towers.named_parameters()), **dict(towers.named_buffers())}
+    cause = None
+    try:
+        with evaluating(towers), torch.no_grad():
+            held = {name: value.to("meta") for name, value in tensors.items()}
+            found = torch.func.functional_call(towers, held, (images, tokens))
+        shapes = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in found]
+        fault = ", ".join(str(shape) for shape in shapes if shape != [len(images), config["embed_dim"]])
+    except Exception as error:  # whatever a tower makes of what it cannot work with
+        fault, cause = str(error).rstrip("."), error
+    if fault:
+        raise UnsupportedSetup(
+            f"The towers of this architecture do not give features [B, {config['embed_dim']}] of images "
+            f"{list(images.shape[1:])} and of texts: {fault}. Check image_size, pool_type, proj_type, embed_cls, and "
+            f"output_tokens, which CoCa needs in both towers and others cannot have. Given: {json.dumps(config)}"
+        ) from cause
+
+
+def clip_tokenizer(config: Mapping[str, Any], model_name: str = "") -> Callable[[list[str]], Tensor]:
     """The tokenizer of an architecture: texts to tokens ``[M, context_length]``; longer texts are cut.
+
+    Args:
+        config: The architecture.
+        model_name: Its name: the folder of a ``local-dir:`` name holds the tokenizer too, if it is one of transformers.
 
     Raises:
         UnsupportedSetup: The text tower has fewer tokens than the tokenizer, or that cannot be loaded.
     """
     import open_clip
 
-    text, defaults = config["text_cfg"], open_clip.CLIPTextCfg()
-    length = text.get("context_length", defaults.context_length)
+    text = config["text_cfg"]
+    length = _context_length(text)
     if name := text.get("hf_tokenizer_name"):
+        folder = model_name.removeprefix("local-dir:")
+        if folder != model_name and Path(folder).is_dir():
+            name = folder
         options = {"tokenizer_mode": text.get("tokenizer_mode"), **(text.get("tokenizer_kwargs") or {})}
         try:
             return open_clip.tokenizer.HFTokenizer(name, context_length=length, **options)
@@ -132,10 +205,16 @@ def clip_tokenizer(config: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
                 f"The tokenizer {name!r} (text_cfg.hf_tokenizer_name) cannot be loaded: {error}. It needs "
                 "transformers, and a folder with its files or a network."
             ) from error
-    needed = defaults.vocab_size
+    needed = open_clip.CLIPTextCfg().vocab_size
     if text.get("vocab_size", needed) < needed:
         raise UnsupportedSetup(
             f"text_cfg.vocab_size={text['vocab_size']}: open_clip's tokenizer makes {needed} different tokens. "
             "Leave vocab_size out, or name another tokenizer in text_cfg.hf_tokenizer_name."
         )
     return partial(open_clip.tokenize, context_length=length)
+
+
+def _context_length(text: Mapping[str, Any]) -> int:
+    import open_clip
+
+    return text.get("context_length", open_clip.CLIPTextCfg().context_length)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from lightning_soup.data.image_folder import class_folders
 from lightning_soup.errors import UnsupportedSetup
 
-__all__ = ["IMAGENET", "evaluating", "fill", "mean_embeddings", "read_classnames", "read_templates", "zero_shot_head"]
+__all__ = [
+    "IMAGENET",
+    "check_tokens",
+    "evaluating",
+    "fill",
+    "mean_embeddings",
+    "read_classnames",
+    "read_templates",
+    "zero_shot_head",
+]
 
 IMAGENET = "imagenet"
 """Stands for the class names of ImageNet."""
@@ -33,7 +42,8 @@ def read_classnames(classnames: Sequence[str] | str) -> list[str]:
     the 1000 names that CLIP's authors chose, in the order of the class folders.
 
     Raises:
-        UnsupportedSetup: No such file, fewer than two names, or an empty name.
+        UnsupportedSetup: No such file, one that is not UTF-8, fewer than two names, an empty name, or a set of names,
+            which has no order.
     """
     place = "classnames"
     if classnames == IMAGENET:
@@ -46,7 +56,7 @@ def read_classnames(classnames: Sequence[str] | str) -> list[str]:
         if path.is_dir():
             names = [name.replace("_", " ") for name in class_folders(path)]
         elif path.is_file():
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            names = [line.strip() for line in _text_of(path).splitlines()]
             while names and not names[-1]:  # the file's last line break
                 names.pop()
         else:
@@ -54,8 +64,12 @@ def read_classnames(classnames: Sequence[str] | str) -> list[str]:
                 f"classnames={classnames!r}: there is no such file. Expected a text file with one class name a line, "
                 "a folder with one folder per class, 'imagenet', or a list of names."
             )
-    else:
+    elif isinstance(classnames, Sequence):
         names = list(classnames)
+    else:
+        raise UnsupportedSetup(
+            f"classnames is a {type(classnames).__name__}. Expected a list: class c is the name at place c."
+        )
     if len(names) < 2:
         raise UnsupportedSetup(
             f"{place}: expected the names of at least two classes, got {len(names)} ({', '.join(names) or 'none'})."
@@ -71,6 +85,15 @@ def read_classnames(classnames: Sequence[str] | str) -> list[str]:
             stacklevel=2,
         )
     return names
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark, which is part of no name
+    except UnicodeDecodeError as error:
+        raise UnsupportedSetup(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def read_templates(templates: Sequence[str] | str) -> list[str]:
@@ -117,7 +140,11 @@ def mean_embeddings(embeddings: Tensor) -> Tensor:
 
 
 def zero_shot_head(
-    model: nn.Module, tokenize: Tokenize, classnames: Sequence[str], templates: Sequence[str], device: str | None = None
+    model: nn.Module,
+    tokenize: Tokenize,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Rows of a zero-shot classifier: the template embeddings of each class, averaged and of unit length.
 
@@ -151,7 +178,7 @@ def zero_shot_head(
             for start in range(0, len(classnames), count):
                 names = classnames[start : start + count]
                 tokens = tokenize(fill(names, templates))
-                _check_tokens(names, tokens, seen)
+                check_tokens(names, tokens, seen)
                 embeddings = model.encode_text(tokens.to(place))
                 rows.append(mean_embeddings(embeddings.unflatten(0, (len(names), len(templates)))))
     finally:
@@ -160,7 +187,18 @@ def zero_shot_head(
     return torch.cat(rows).to(home)
 
 
-def _check_tokens(names: Sequence[str], tokens: Tensor, seen: dict[bytes, str]) -> None:
+def check_tokens(names: Sequence[str], tokens: Tensor, seen: dict[bytes, str] | None = None) -> None:
+    """Make sure that the texts of different classes are different to the model.
+
+    Args:
+        names: Names of C classes.
+        tokens: Tokens of their texts, ``[C·T, L]``, class by class.
+        seen: Tokens of classes that were looked at before; those of these are added.
+
+    Raises:
+        UnsupportedSetup: Two classes become the same tokens.
+    """
+    seen = {} if seen is None else seen
     for name, own in zip(names, tokens.numpy().reshape(len(names), -1), strict=True):
         other = seen.setdefault(own.tobytes(), name)
         if other != name:

@@ -16,6 +16,13 @@ TINY_CLIP = {
     "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "patch_size": 4, "image_size": 8},
     "text_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 1},
 }
+COCA = {
+    **TINY_CLIP,
+    "custom_text": True,
+    "vision_cfg": {**TINY_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "text_cfg": {**TINY_CLIP["text_cfg"], "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 1},
+}
 ROWS = ["top", "middle", "bottom"]
 WAYS = [("both", "text"), ("image", "trained"), ("image", "text"), ("head", "trained")]
 """All that ``train`` and ``head`` can say."""
@@ -60,6 +67,13 @@ class RowData(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader]:
         return [DataLoader(test, 8) for test in self.test]
+
+
+class Unnamed(LightningDataModule):
+    """Validation images without names of their classes."""
+
+    def val_dataloader(self):
+        return DataLoader(RowData().val, 8)
 
 
 def fit_clip(model: CLIPClassifier, data: LightningDataModule | None = None, **options: Any) -> Trainer:

@@ -5,14 +5,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation import ModuleEvaluator
 from lightning_soup.modules.zero_shot import fill
 from lightning_soup.weights import combine
-from tests.helpers.clip import ROWS, TINY_CLIP, WAYS, RowData, changed, fit_clip, some_images, state, tiny_clip
+from tests.helpers.clip import ROWS, TINY_CLIP, WAYS, RowData, Unnamed, changed, fit_clip, some_images, state, tiny_clip
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -208,6 +206,40 @@ def test_low_precision(precision, train, head):
     assert trainer.callback_metrics["val_acc"] > 0.6
 
 
+@pytest.mark.parametrize(("train", "head"), WAYS[:3])
+def test_in_mixed_precision_the_head_works_in_full(train, head):
+    """Rounding the logits to bfloat16 makes classes tie: near 25, its steps are 1/8."""
+    model = tiny_clip(train=train, head=head, model_config={**TINY_CLIP, "init_logit_bias": -7.0}).eval()
+    images = some_images(64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, features = model(images), model.encode_image(images)
+    with torch.no_grad():
+        rows = model.logit_scale() * model.class_weights(ROWS, model.templates)
+        assert features.dtype == torch.bfloat16  # the towers are in it
+        torch.testing.assert_close(logits, features.float() @ rows.T - 7.0)
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize(("train", "head"), WAYS[:3])
+def test_a_compiled_model_learns_the_same(train, head):
+    plain, compiled = tiny_clip(train=train, head=head), tiny_clip(train=train, head=head)
+    compiled.model = torch.compile(compiled.model, backend="eager")
+    for model in (plain, compiled):
+        fit_clip(model, max_epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
+
+
+def test_a_training_sentence_that_is_cut_before_the_name():
+    with pytest.raises(UnsupportedSetup, match=r"'top' and 'middle' become the same tokens"):
+        fit_clip(tiny_clip(train_template="one word " * 20 + "{}"), num_sanity_val_steps=0)
+
+
+def test_classes_of_one_name_may_be_two_folders():
+    with pytest.warns(UserWarning, match="several classes have one name"):
+        model = tiny_clip(classnames=["crane", "crane", "bottom"], train="image")
+    fit_clip(model, RowData(["crane", "crane_machine", "bottom"]), max_epochs=1, limit_train_batches=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -221,6 +253,8 @@ def test_low_precision(precision, train, head):
         ({"train_template": "a photo"}, r"has no \{\}"),
         ({"lr": 0.0}, r"lr=0\.0"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1\.0"),
+        ({"train": "image", "head_device": "gpu"}, r"head_device='gpu' cannot be used: .* Expected auto, cpu"),
+        ({"train": "image", "head_device": "cuda:77"}, r"head_device='cuda:77' cannot be used"),
         ({"pretrained": "openai"}, r"pretrained='openai' beside model_config"),
         ({"model_config": None, "pretrained": "openai", "checkpoint_path": "x.pt"}, r"beside checkpoint_path='x\.pt'"),
     ],
@@ -257,11 +291,6 @@ def test_two_ranks():
         warnings.simplefilter("ignore")  # Lightning advises a single device for tests
         mine, other = run_on_two_ranks(_fit_on_a_rank)
     assert mine == other
-
-
-class Unnamed(LightningDataModule):
-    def val_dataloader(self):
-        return DataLoader(RowData().val, 8)
 
 
 def test_data_without_class_names_or_test_names():

@@ -1,11 +1,18 @@
 import json
+import pickle
 
+import open_clip
 import pytest
+import timm
 import torch
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.clip_models import build_clip, clip_tokenizer, read_model_config
-from tests.helpers.clip import TINY_CLIP, tiny_clip
+from lightning_soup.weights import save_weights
+from tests.helpers.clip import COCA, TINY_CLIP, changed, fit_clip, some_images, state, tiny_clip
+
+VISION, TEXT = TINY_CLIP["vision_cfg"], TINY_CLIP["text_cfg"]
+CUSTOM = {**TINY_CLIP, "custom_text": True}
 
 
 def test_architectures_from_a_file_a_mapping_and_open_clip_config(tmp_path):
@@ -112,3 +119,95 @@ def test_a_tokenizer_that_is_not_there():
     text = {**TINY_CLIP["text_cfg"], "hf_tokenizer_name": "/nowhere/at/all"}
     with pytest.raises(UnsupportedSetup, match=r"The tokenizer '/nowhere/at/all' .* cannot be loaded"):
         clip_tokenizer({**TINY_CLIP, "text_cfg": text})
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({**TINY_CLIP, "vision_cfg": {**VISION, "output_tokens": True}}, "of texts: tuple"),
+        ({**CUSTOM, "text_cfg": {**TEXT, "output_tokens": True}}, "of texts: tuple"),
+        ({**TINY_CLIP, "vision_cfg": {**VISION, "pool_type": "none"}}, r"\[3, 5, 16\]"),
+        ({**TINY_CLIP, "text_cfg": {**TEXT, "pool_type": "none"}}, r"\[3, 12, 16\]"),
+        ({**TINY_CLIP, "text_cfg": {**TEXT, "embed_cls": True}}, "Check image_size"),
+        ({**TINY_CLIP, "embed_dim": 8, "text_cfg": {**TEXT, "proj_type": "none"}}, r"\[3, 16\]"),
+        ({**COCA, "vision_cfg": VISION}, "output_tokens, which CoCa needs in both towers"),
+        ({**CUSTOM, "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 32}}, r"model \(224\)"),
+    ],
+)
+def test_towers_that_give_no_features(config, fault):
+    with pytest.raises(UnsupportedSetup, match=rf"do not give features \[B, {config['embed_dim']}\].*{fault}"):
+        tiny_clip(model_config=config)
+
+
+def test_coca_is_a_classifier_whose_decoder_rests():
+    model = tiny_clip(model_config=COCA).eval()
+    before = state(model)
+    with torch.no_grad():
+        rows = open_clip.build_zero_shot_classifier(model.model, model.tokenize, model.classnames, model.templates)
+        features = model.model.encode_image(some_images(), normalize=True)
+        torch.testing.assert_close(model(some_images()), model.model.logit_scale.exp() * features @ rows)
+    assert fit_clip(model.train(), max_epochs=12).callback_metrics["val_acc"] > 0.9
+    learned = changed(model, before)
+    assert {name.split(".")[1] for name in learned} == {"visual", "text"}
+
+
+def folder_of(tmp_path, name, content, config=TINY_CLIP):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    if name:
+        (folder / name).write_bytes(content)
+    return {"model_config": None, "model_name": f"local-dir:{folder}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (None, bytes),  # open_clip would go on with random weights
+        ("open_clip_model.safetensors", lambda content: content[: len(content) // 2]),
+        ("open_clip_pytorch_model.bin", lambda content: b""),
+        ("open_clip_pytorch_model.bin", lambda content: b"hello"),
+        ("open_clip_pytorch_model.bin", lambda content: pickle.dumps({"state_dict": object()})),
+    ],
+)
+def test_a_folder_without_weights_that_can_be_read(tmp_path, name, damage):
+    content = save_weights(tiny_clip(1).model, tmp_path / "own.safetensors").read_bytes()
+    options = folder_of(tmp_path, name, damage(content))
+    with pytest.raises(UnsupportedSetup, match=r"could not load local-dir:.*give checkpoint_path"):
+        tiny_clip(**options)
+    model = tiny_clip(**options, checkpoint_path=str(tmp_path / "own.safetensors"))
+    assert not changed(model.model, tiny_clip(1).model.state_dict())
+
+
+@pytest.mark.parametrize(("content", "message"), [("[]", "cannot find it"), ('{"model_cfg": {}}', "got nothing")])
+def test_a_folder_without_an_architecture(tmp_path, content, message):
+    options = folder_of(tmp_path, None, b"")
+    (tmp_path / "folder" / "open_clip_config.json").write_text(content)
+    with pytest.raises(UnsupportedSetup, match=message):
+        tiny_clip(**options)
+
+
+def test_the_tokenizer_of_a_folder_is_read_from_it(tmp_path, monkeypatch):
+    """Its config names a place on the hub, but the files lie in the folder."""
+    read = []
+    monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", lambda name, **_: read.append(name))
+    config = {**TINY_CLIP, "text_cfg": {**TEXT, "hf_tokenizer_name": "owner/name"}}
+    name = folder_of(tmp_path, None, b"")["model_name"]
+    clip_tokenizer(config, name)
+    clip_tokenizer(config, "ViT-B-32")
+    assert read == [str(tmp_path / "folder"), "owner/name"]
+
+
+def test_weights_of_a_tower_are_not_fetched_where_all_come_from_a_file(tmp_path, monkeypatch):
+    fetched = []
+    build = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, pretrained, **options: fetched.append(pretrained) or build(*args, **options)
+    )
+    vision = {"timm_model_name": "test_vit", "image_size": 160, "timm_model_pretrained": True}
+    config = {**CUSTOM, "vision_cfg": vision}
+    model = tiny_clip(model_config=config)
+    assert not model.hparams.model_config["vision_cfg"]["timm_model_pretrained"]  # a checkpoint brings its own
+    path = save_weights(model, tmp_path / "start.safetensors")
+    tiny_clip(model_config=config, checkpoint_path=str(path))
+    assert fetched == [True, False]

@@ -15,7 +15,7 @@ from lightning_soup.evaluation import ModuleEvaluator
 from lightning_soup.modules import CLIPClassifier
 from lightning_soup.recipes import InterpolatedSoup, LearnedSoup
 from lightning_soup.weights import combine, open_checkpoint, save_weights
-from tests.helpers.clip import ROWS, TINY_CLIP, WAYS, RowData, changed, fit_clip, some_images, state, tiny_clip
+from tests.helpers.clip import ROWS, TINY_CLIP, WAYS, RowData, Unnamed, changed, fit_clip, some_images, state, tiny_clip
 from tests.helpers.trainers import quiet_trainer
 
 
@@ -68,6 +68,22 @@ def test_a_trained_soup_judges_other_classes_by_its_text_tower(tmp_path):
         UnsupportedSetup, match="The checkpoint has a head for 3 classes of dimension 16, but classnames names 4"
     ):
         CLIPClassifier.load_from_checkpoint(saver.best_model_path, classnames=others)
+
+
+def test_a_trained_head_of_the_same_classes_in_another_order(tmp_path):
+    model = tiny_clip(train="image")
+    saver = ModelCheckpoint(tmp_path)
+    fit_clip(model, callbacks=[saver], enable_checkpointing=True, max_epochs=1)
+    path, moved = saver.best_model_path, ["Middle", "top", "bottom"]
+    message = r"has a head trained with 'Middle' as class 1, but classnames has it as class 0\. .*top, middle, bottom"
+    with pytest.raises(UnsupportedSetup, match=r"\.ckpt " + message):
+        tiny_clip(train="image", checkpoint_path=path, classnames=moved)
+    with pytest.raises(UnsupportedSetup, match="The checkpoint " + message):
+        quiet_trainer().validate(tiny_clip(train="image", classnames=moved), Unnamed(), ckpt_path=path)
+    tiny_clip(train="image", checkpoint_path=path, classnames=moved, reset_head=True)
+    tiny_clip(train="image", checkpoint_path=path, classnames=["upper", "middle", "lower"])  # other words for them
+    with pytest.warns(UserWarning, match=r"trained for top, middle, bottom, and none of them .*take head='text'"):
+        tiny_clip(train="image", checkpoint_path=path, classnames=["red", "green", "blue"])
 
 
 @pytest.mark.parametrize("file", ["start.safetensors", "start.pt"])

@@ -123,6 +123,7 @@ def test_class_names_from_files_and_folders(tmp_path):
         (["cat"], r"got 1 \(cat\)"),
         (["cat", " "], r"the name of class 1 is ' '"),
         (["cat", 3], r"the name of class 1 is 3"),
+        ({"cat", "dog"}, r"classnames is a set\. Expected a list"),
         ("cat, dog", r"classnames='cat, dog': there is no such file"),
     ],
 )
@@ -157,3 +158,12 @@ def test_classes_that_become_the_same_tokens():
         zero_shot_head(model, lambda texts: torch.zeros(len(texts), 1, dtype=torch.long), ["a", "b"], ["{}"])
     with pytest.raises(UnsupportedSetup, match="no class names"):
         zero_shot_head(model, lambda texts: None, [], ["{}"])
+
+
+def test_files_of_class_names_from_other_editors(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffcafé\r\ndog\r\n".encode())
+    assert read_classnames(str(path)) == ["café", "dog"]
+    path.write_bytes("café\ndog\n".encode("latin-1"))
+    with pytest.raises(UnsupportedSetup, match=r"names\.txt is not UTF-8 \(invalid continuation byte at byte 3\)"):
+        read_classnames(str(path))
