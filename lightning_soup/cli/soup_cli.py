@@ -19,7 +19,9 @@ from lightning.pytorch.cli import (
 
 import lightning_soup
 from lightning_soup.cli.trainer import SoupTrainer
+from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.runs.task_file import SECTION
+from lightning_soup.weights import open_checkpoint
 
 __all__ = ["SoupCLI"]
 
@@ -75,6 +77,16 @@ class SoupCLI(LightningCLI):
         """Cook on one device where the number is left open: evaluating a soup is not spread over several."""
         if self.subcommand == "soup" and self.config.soup.trainer.devices == "auto":
             self.config.soup.trainer.devices = 1
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse files that are no Lightning checkpoints, such as a soup in safetensors, before they are unpickled."""
+        given = self.config.get(self.config.get("subcommand") or "", Namespace()).get("ckpt_path")
+        if given and Path(str(given)).is_file() and (found := open_checkpoint(str(given)).format) != "lightning":
+            raise UnsupportedSetup(
+                f"ckpt_path={given}: a file of weights ({found}), no Lightning checkpoint. Give it to the model, as "
+                "--model.checkpoint_path, or cook soups into a .ckpt."
+            )
+        super()._parse_ckpt_path()
 
     def _add_instantiators(self) -> None:
         """Let the errors of constructors come through as they are, whatever the union a class is tried for."""

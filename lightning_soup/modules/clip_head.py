@@ -24,6 +24,11 @@ __all__ = [
 
 _OWN = ("visual.", "logit_scale", "logit_bias", "text_decoder.")  # what is no part of the text tower
 
+_OTHER_CLASSES = (
+    "To judge other classes, give the weights as checkpoint_path, with head='text' and classnames of this data; a file "
+    "that is given as ckpt_path brings its own."
+)
+
 
 def check_head(train: str, head: str, classnames: object) -> None:
     """Refuse combinations of ``train``, ``head`` and ``classnames`` that cannot work.
@@ -52,13 +57,15 @@ def check_head(train: str, head: str, classnames: object) -> None:
 def check_classnames(classnames: Sequence[str], found: Sequence[str]) -> None:
     """Compare the class names of the head with those of the data: as many, and where they are alike, in their order.
 
+    Where both are words and none is alike, that is a warning.
+
     Raises:
         UnsupportedSetup: They disagree.
     """
     if len(classnames) != len(found):
         raise UnsupportedSetup(
             f"The data has {len(found)} classes ({_some(found)}), classnames names {len(classnames)} "
-            f"({_some(classnames)}). Give one name for each class of the data, in its order."
+            f"({_some(classnames)}). Give one name for each class of the data, in its order. {_OTHER_CLASSES}"
         )
     if (moved := _misplaced(classnames, found)) is not None:
         index, place = moved
@@ -66,6 +73,17 @@ def check_classnames(classnames: Sequence[str], found: Sequence[str]) -> None:
             f"classnames has {classnames[index]!r} as class {index}, but in the data it is class {place}: the order "
             f"differs. The order of the data is: {_some(found)}."
         )
+    words = not any(character.isdigit() for name in found for character in name)  # others are numbers or codes
+    if words and not _alike(classnames, found):
+        warnings.warn(
+            f"No class of the data ({_some(found)}) is in classnames ({_some(classnames)}); they are compared by their "
+            f"numbers. {_OTHER_CLASSES}",
+            stacklevel=2,
+        )
+
+
+def _alike(first: Sequence[str], second: Sequence[str]) -> set[str]:
+    return {_plain(name) for name in first} & {_plain(name) for name in second}
 
 
 def _misplaced(classnames: Sequence[str], found: Sequence[str]) -> tuple[int, int] | None:
@@ -135,7 +153,7 @@ def check_stored_head(
             f"{place} has a head trained with {classnames[index]!r} as class {other}, but classnames has it as "
             f"class {index}. Keep the order of its classes ({_some(stored)}), or take reset_head=True or head='text'."
         )
-    if not {_plain(name) for name in stored} & {_plain(name) for name in classnames}:
+    if not _alike(stored, classnames):
         warnings.warn(
             f"The head of {place} was trained for {_some(stored)}, and none of them is in classnames "
             f"({_some(classnames)}); it is kept, class by class. To judge other classes, take head='text'; to train on "

@@ -78,6 +78,13 @@ def _why_names(first: WeightsFile, other: WeightsFile, missing: Sequence[str], e
                 f"the names in {long.label} begin with {prefix!r}: it was saved from a module that wraps the "
                 f"model of {short.label}. Save both from the same module."
             )
+    if all(is_head(name) for name in (*missing, *extra)):
+        long, short = (first, other) if missing else (other, first)
+        return (
+            f"{long.label} has a classifier head, {short.label} has none: it was made without, or its head is built "
+            "from class names (head='text'). Make all in one way; or cook from the files alone, and give the soup to "
+            "such a model as checkpoint_path."
+        )
     if len(missing) == len(first.specs) or len(extra) == len(other.specs):
         return "another architecture: the two have no tensor in common."
     return (

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback
 
 from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.cli.trainer import SoupTrainer
-from lightning_soup.errors import UnreadableCheckpoint, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint, UnsupportedSetup
+from lightning_soup.weights import save_weights
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.sweeps import base_config, write_yaml
 
@@ -166,3 +167,13 @@ def test_soup_takes_its_arguments_and_the_config_that_fit_saved(base, tmp_path, 
     assert given["recalibrate"] is True
     assert type(given["model"]) is type(fitted.model)
     assert not {"ckpt_path", "weights_only"} & set(given)
+
+
+@pytest.mark.parametrize(("file", "message"), [("soup.safetensors", "a file of weights"), ("cut.ckpt", "truncated")])
+def test_a_ckpt_path_that_lightning_cannot_read(base, tmp_path, file, message):
+    path = save_weights(TinyClassifier(), tmp_path / "soup.safetensors")
+    if file != path.name:
+        torch.save(TinyClassifier().state_dict(), tmp_path / file)
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-200])
+    with pytest.raises(LightningSoupError, match=message):
+        SoupCLI(["validate", "--config", base, "--ckpt_path", str(tmp_path / file)], exit_on_error=False)

@@ -174,6 +174,13 @@ def test_class_names_that_disagree_with_the_data(names, message):
     fit_clip(tiny_clip(), RowData(["0", "1", "2"]), max_epochs=1, limit_train_batches=1)  # numbers say nothing
 
 
+def test_class_names_of_which_the_data_has_none():
+    with pytest.warns(
+        UserWarning, match=r"No class of the data \(red, green, blue\) is in classnames \(top, .*ckpt_path"
+    ):
+        quiet_trainer().validate(tiny_clip(), RowData(["red", "green", "blue"]), verbose=False)
+
+
 def test_images_of_the_wrong_size_are_refused_before_a_step():
     model = tiny_clip()
     before = state(model)

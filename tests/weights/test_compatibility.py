@@ -65,6 +65,7 @@ def test_kinds_may_not_be_mixed():
         (lambda: tiny(img_size=64), "another image size"),
         (lambda: tiny(depth=2), "another architecture or depth"),
         (lambda: tiny(embed_dim=24), "another architecture or width"),
+        (lambda: tiny(num_classes=0), "has a classifier head"),
         (lambda: nn.Linear(3, 3), "no tensor in common"),
         (lambda: nn.ModuleDict({"model": tiny()}), "begin with 'model.'"),
         (lambda: {"base.q.lora_A.weight": torch.ones(2, 12)}, "an adapter, the other a full model"),
