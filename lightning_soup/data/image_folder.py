@@ -37,6 +37,7 @@ class ImageFolderDataModule(VisionDataModule):
         img_size: Side of the images, instead of the model's. This or ``model_name`` is needed.
         mean: Mean of the three channels, instead of the model's.
         std: Deviation of the three channels, instead of the model's.
+        crop_pct: Share of the side that the centre crop of evaluation keeps, instead of the model's: 1 for CLIP.
         augmentation: Random changes of the training images.
         val_fraction: Share of the training images held out where there is no validation folder.
         seed: Decides which these are.
@@ -59,13 +60,14 @@ class ImageFolderDataModule(VisionDataModule):
         img_size: int | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        crop_pct: float | None = None,
         augmentation: Augmentation = DEFAULT_AUGMENTATION,
         val_fraction: float = 0.1,
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int = 4,
     ):
-        preprocessing = Preprocessing(model_name, img_size, mean, std)
+        preprocessing = Preprocessing(model_name, img_size, mean, std, crop_pct)
         super().__init__(preprocessing, augmentation, val_fraction, seed, batch_size, num_workers)
         self.root, self.train, self.val, self.test = Path(root), train, val, test
         self.shifted = name_sets(shifted)

@@ -115,6 +115,7 @@ class ReferenceFiles(Reference):
         img_size: Side of the images, instead of the model's. This or ``model_name`` is needed.
         mean: Mean of the three channels, instead of the model's.
         std: Deviation of the three channels, instead of the model's.
+        crop_pct: Share of the side that the centre crop of evaluation keeps, instead of the model's: 1 for CLIP.
         batch_size: Images in a step.
         seed: Decides the order.
         num_workers: Loader processes.
@@ -131,11 +132,12 @@ class ReferenceFiles(Reference):
         img_size: int | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        crop_pct: float | None = None,
         batch_size: int = 64,
         seed: int = 0,
         num_workers: int = 4,
     ):
-        transform = Preprocessing(model_name, img_size, mean, std).evaluate()
+        transform = Preprocessing(model_name, img_size, mean, std, crop_pct).evaluate()
         super().__init__(FolderImages(images, transform), texts, batch_size, seed, num_workers)
 
 

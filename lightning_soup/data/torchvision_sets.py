@@ -108,6 +108,7 @@ class TorchvisionDataModule(VisionDataModule):
         img_size: Side of the images, instead of the model's. This or ``model_name`` is needed.
         mean: Mean of the three channels, instead of the model's. Grey images are repeated in three channels.
         std: Deviation of the three channels, instead of the model's.
+        crop_pct: Share of the side that the centre crop of evaluation keeps, instead of the model's: 1 for CLIP.
         augmentation: Random changes of the training images.
         val_fraction: Share of the training images held out where the set has no validation part.
         test_fraction: Share of all images that become the test set where the set comes in one piece.
@@ -131,6 +132,7 @@ class TorchvisionDataModule(VisionDataModule):
         img_size: int | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        crop_pct: float | None = None,
         augmentation: Augmentation = DEFAULT_AUGMENTATION,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
@@ -148,7 +150,7 @@ class TorchvisionDataModule(VisionDataModule):
             )
         if not 0 < test_fraction < 1:
             raise UnsupportedSetup(f"test_fraction={test_fraction}: expected a fraction between 0 and 1.")
-        preprocessing = Preprocessing(model_name, img_size, mean, std)
+        preprocessing = Preprocessing(model_name, img_size, mean, std, crop_pct)
         super().__init__(preprocessing, augmentation, val_fraction, seed, batch_size, num_workers)
         self.name, self.root, self.download, self.test_fraction = name, root, download, test_fraction
         self.shifted = name_sets(shifted)

@@ -84,6 +84,8 @@ class Preprocessing:
         img_size: Side of the square image, instead of the model's.
         mean: Mean of each channel, instead of the model's (ImageNet's without a model).
         std: Deviation of each channel, likewise.
+        crop_pct: Share of the side that the centre crop of evaluation keeps, instead of the model's. CLIP was
+            trained and is judged with 1, which timm does not say of all its tags.
 
     Raises:
         UnsupportedSetup: Neither a model nor a size was given, or the model is unknown.
@@ -95,6 +97,7 @@ class Preprocessing:
         img_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        crop_pct: float | None = None,
     ):
         import timm
         from timm.data import resolve_data_config
@@ -106,13 +109,15 @@ class Preprocessing:
             )
         if img_size is not None and img_size < 1:
             raise UnsupportedSetup(f"img_size={img_size}: expected a number of pixels.")
+        if crop_pct is not None and not 0 < crop_pct <= 1:
+            raise UnsupportedSetup(f"crop_pct={crop_pct}: expected a share with 0 < share ≤ 1.")
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != 3:
                 raise UnsupportedSetup(f"{name}={list(values)}: expected three numbers, one a colour channel.")
         if model_name is not None:
             check_model_name(model_name)
         pretrained = timm.get_pretrained_cfg(model_name) if model_name is not None else None
-        given = {"img_size": img_size, "mean": mean, "std": std}
+        given = {"img_size": img_size, "mean": mean, "std": std, "crop_pct": crop_pct}
         config = resolve_data_config(given, pretrained.to_dict() if pretrained is not None else {})
         self.input_size: tuple[int, int, int] = tuple(config["input_size"])
         self.mean: tuple[float, ...] = tuple(config["mean"])

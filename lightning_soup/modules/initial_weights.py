@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.weights.weights_file import open_checkpoint
 
 __all__ = ["load_initial_weights"]
@@ -35,6 +35,7 @@ def load_initial_weights(
     Raises:
         UnreadableCheckpoint: The file cannot be opened.
         UnsupportedSetup: The checkpoint's tensors are not those of the model; lists them.
+        NonFiniteWeights: A parameter in it holds NaN or an infinity.
     """
     weights = open_checkpoint(path)
     own = model.state_dict()
@@ -68,7 +69,14 @@ def load_initial_weights(
             + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")
             + f"\nBuild the model as the checkpoint's was built: {options}."
         )
-    model.load_state_dict({name: weights[stored] for name, stored in names.items()}, strict=False)
+    found = {name: weights[stored] for name, stored in names.items()}
+    for name, parameter in model.named_parameters():  # buffers may hold infinities, such as a causal mask's
+        if name in found and parameter.is_floating_point() and not found[name].isfinite().all():
+            raise NonFiniteWeights(
+                f"{path}: {names[name]} holds NaN or an infinity: its training diverged, or the file is damaged. Start "
+                "from another checkpoint."
+            )
+    model.load_state_dict(found, strict=False)
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:

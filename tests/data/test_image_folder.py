@@ -37,6 +37,13 @@ def test_train_val_and_test_folders(root):
     assert torch.equal(read(loader)[0], read(datamodule.predict_dataloader())[0])
 
 
+def test_the_crop_of_evaluation_can_be_given(root):
+    model = "vit_base_patch32_clip_224.openai"
+    datamodule = ImageFolderDataModule(str(root), model_name=model, crop_pct=1.0, num_workers=0)
+    assert ImageFolderDataModule(str(root), model_name=model).preprocessing.crop_pct == 0.9  # what timm says
+    assert datamodule.preprocessing.crop_pct == 1.0
+
+
 def test_validation_share_of_the_training_folder(root):
     def val(seed):
         datamodule = ImageFolderDataModule(str(root), val="none", val_fraction=0.4, seed=seed, **SMALL)

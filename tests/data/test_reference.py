@@ -219,6 +219,14 @@ def test_reference_files_take_what_a_model_expects(folder):
     assert reference.images[0].shape == (3, 160, 160)
 
 
+def test_reference_files_are_cropped_as_asked_for(folder):
+    def crop(**options):
+        files = ReferenceFiles(str(folder / "images"), str(folder / "texts.txt"), img_size=8, **options)
+        return next(step.size for step in files.images.transform.transforms if type(step).__name__ == "Resize")
+
+    assert (crop(crop_pct=1.0), crop(crop_pct=0.5)) == (8, 16)
+
+
 def test_reference_files_need_a_size(folder):
     with pytest.raises(UnsupportedSetup, match="Neither model_name nor img_size is given"):
         ReferenceFiles(str(folder / "images"), str(folder / "texts.txt"))

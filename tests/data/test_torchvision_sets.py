@@ -53,6 +53,11 @@ def test_a_set_in_one_piece_is_split_by_the_seed():
     assert images.shape == (2, 3, 12, 12)
 
 
+def test_the_crop_of_evaluation_can_be_given():
+    datamodule = TorchvisionDataModule("FakeData", set_args=FAKE, crop_pct=0.5, **SMALL)
+    assert datamodule.preprocessing.crop_pct == 0.5
+
+
 def test_a_set_with_a_train_flag(tmp_path):
     datamodule = TorchvisionDataModule("MNIST", str(write_mnist(tmp_path)), val_fraction=0.25, **SMALL)
     assert datamodule.class_names == [str(digit) for digit in range(10)]

@@ -1,3 +1,4 @@
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,16 @@ def test_size_and_normalisation_are_the_models():
     tagged = Preprocessing("vit_base_patch16_224.augreg_in21k", img_size=96, std=[1.0, 2.0, 4.0])
     assert (tagged.input_size, tagged.mean, tagged.std) == ((3, 96, 96), (0.5,) * 3, (1.0, 2.0, 4.0))
     assert Preprocessing(img_size=32).mean == pytest.approx((0.485, 0.456, 0.406))  # ImageNet's
+
+
+def test_clip_is_evaluated_as_its_authors_do():
+    generator = torch.Generator().manual_seed(0)
+    image = Image.fromarray(torch.randint(0, 256, (300, 260, 3), generator=generator, dtype=torch.uint8).numpy())
+    ours = Preprocessing("vit_base_patch32_clip_224.openai", crop_pct=1.0).evaluate()
+    torch.testing.assert_close(ours(image), open_clip.image_transform(224, is_train=False)(image))
+    for crop_pct in (0.0, 1.5):
+        with pytest.raises(UnsupportedSetup, match=rf"crop_pct={crop_pct}: expected a share"):
+            Preprocessing(img_size=8, crop_pct=crop_pct)
 
 
 def test_evaluation_transform_is_fixed_and_normalised():

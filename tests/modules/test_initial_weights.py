@@ -2,8 +2,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from lightning_soup.errors import UnreadableCheckpoint, UnsupportedSetup
+from lightning_soup.errors import NonFiniteWeights, UnreadableCheckpoint, UnsupportedSetup
 from lightning_soup.modules.initial_weights import load_initial_weights
 
 
@@ -102,3 +103,24 @@ def test_old_files_without_batch_counters(tmp_path):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UnreadableCheckpoint):
         load_initial_weights(tiny_vit(), tmp_path / "nowhere.ckpt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_training_that_diverged(value, tmp_path):
+    broken = nn.Linear(2, 2).state_dict()
+    broken["bias"][1] = value
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in broken.items()}}, tmp_path / "broken.ckpt")
+    model = nn.Linear(2, 2)
+    before = model.bias.clone()
+    with pytest.raises(NonFiniteWeights, match=r"broken\.ckpt: model\.bias holds NaN or an infinity"):
+        load_initial_weights(model, tmp_path / "broken.ckpt")
+    assert torch.equal(model.bias, before)
+
+
+def test_infinities_of_a_mask_are_no_damage(tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    torch.save(model.state_dict(), tmp_path / "masked.pt")
+    model.mask.zero_()
+    load_initial_weights(model, tmp_path / "masked.pt")
+    assert model.mask[0, 1] == float("-inf")
