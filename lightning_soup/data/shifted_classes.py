@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning_soup.errors import UnsupportedSetup
 
@@ -62,7 +64,8 @@ def _read(source: str) -> dict[str, list[str]]:
         'Expected \'own\', or a JSON file such as {"bench": ["park bench"], "watch": ["digital watch", "stopwatch"]}.'
     )
     try:
-        found = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
+        text = Path(source).expanduser().read_text(encoding="utf-8-sig")
+        found = json.loads(text, object_pairs_hook=partial(_each_once, source))
     except OSError as error:
         raise UnsupportedSetup(f"shifted_classes: {source} cannot be read: {error.strerror}. {expected}") from error
     except ValueError as error:
@@ -74,3 +77,13 @@ def _read(source: str) -> dict[str, list[str]]:
             raise UnsupportedSetup(f"shifted_classes: {source} gives no class names for {folder!r}. {expected}")
         named[folder] = names
     return named
+
+
+def _each_once(source: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of a JSON file, of which Python's reader would keep the last of two entries with one name."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise UnsupportedSetup(
+            f"shifted_classes: {source} has two entries for {', '.join(twice[:10])}. Give them as one list."
+        )
+    return dict(pairs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.robustness import Classes, project, project_targets
+from lightning_soup.evaluation.robustness import Classes, check_classes, project, project_targets
 from lightning_soup.layers.moe import RandomUniformMoE
 from lightning_soup.modules.optimization import parameter_groups, warmup_cosine, warmup_steps
 from lightning_soup.weights.formats import DENSE_KEY
@@ -125,6 +125,7 @@ class ClassificationModule(LightningModule, ABC):
         logs = self._logs()
         classes = self._competing(stage, index) if logs else None
         if classes is not None:
+            check_classes(classes, logits.shape[1])
             logits, targets = project(logits, classes), project_targets(targets, classes)
         loss = F.cross_entropy(logits.float(), targets)
         if not logs:

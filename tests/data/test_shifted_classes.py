@@ -81,6 +81,9 @@ def test_files_that_are_none(root):
     (root / "map.json").write_text("clock: dog")
     with pytest.raises(UnsupportedSetup, match=r"map\.json is not JSON"):
         opened(root, ["objects"], {"objects": str(root / "map.json")})
+    (root / "map.json").write_text('{"clock": "dog", "hound": "cat", "clock": "bird"}')
+    with pytest.raises(UnsupportedSetup, match=r"map\.json has two entries for clock\. Give them as one list"):
+        opened(root, ["objects"], {"objects": str(root / "map.json")})
     with pytest.raises(UnsupportedSetup, match=r"no training class is named clock, hound, teapot \(given by own\)"):
         opened(root, ["objects"], {"objects": "own"})
     with pytest.raises(UnsupportedSetup, match=r"shifted_classes for night, but the shifted sets are: art"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation import ModuleEvaluator
 from lightning_soup.modules.zero_shot import fill
 from lightning_soup.weights import combine
@@ -204,6 +204,21 @@ def test_classes_that_compete_on_a_test_set():
     assert dark["test_loss/dark"] == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-5)
     outcome = ModuleEvaluator(model, data).outcomes(state(model))["dark"]
     assert outcome.accuracy == pytest.approx(dark["test_acc/dark"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([[0], [1], [2, 3]], r"training classes \[3\], but the model has 3"),
+        ([[0, 1], [1, 2]], r"training classes \[1\] belong to two"),
+        ([[0, 1], [2], []], "each with at least one training class"),
+    ],
+)
+def test_competing_classes_that_cannot_work(classes, message):
+    data = RowData()
+    data.test_classes = {"dark": classes}
+    with pytest.raises(LightningSoupError, match=message):
+        quiet_trainer().test(tiny_clip(), datamodule=data, verbose=False)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
