@@ -57,9 +57,9 @@ class CLIPClassifier(ClassificationModule):
       sets have the same tensors then, so they can be averaged, and each judged on all the sets.
     - ``train="head"``: only the linear head learns, from the zero-shot head on.
 
-    The logit scale and bias are never trained. Logs ``train_loss``, ``val_loss``, ``val_acc``, ``test_loss`` and
-    ``test_acc``; further test sets as ``test_acc/<name>``, with the names from the data module's ``test_names``. The
-    open_clip model is ``self.model``; a trained head is ``self.head``, a ``Linear``.
+    The logit scale and bias are never trained, nor is the decoder of a CoCa. Logs ``train_loss``, ``val_loss``,
+    ``val_acc``, ``test_loss`` and ``test_acc``; further test sets as ``test_acc/<name>``, with the names from the data
+    module's ``test_names``. The open_clip model is ``self.model``; a trained head is ``self.head``, a ``Linear``.
 
     Checkpoints hold plain values only, the architecture and class names among them: ``load_from_checkpoint(path)``
     needs nothing but its file. With ``head="text", classnames=[...]`` beside the path it judges other classes.
@@ -95,6 +95,7 @@ class CLIPClassifier(ClassificationModule):
         UnsupportedSetup: open_clip does not know the model or its weights, class names or templates are unusable, a
             value is out of range, or the checkpoint does not fit the model.
         UnreadableCheckpoint: ``checkpoint_path`` cannot be opened.
+        NonFiniteWeights: It holds NaN or an infinity.
     """
 
     def __init__(
