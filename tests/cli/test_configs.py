@@ -18,6 +18,8 @@ COMMANDS = {
     "ewa_vit.yaml": ["fit"],
     "ewa_vit_cifar100.yaml": ["fit"],
     "ewa_finetune.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
+    "sms_digits.yaml": ["fit"],
+    "sms_vit.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "weight_ensemble.yaml": ["fit"],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }
