@@ -3,9 +3,9 @@
     python examples/sms.py
 
 A small network with BatchNorm learns 600 real digits, a fifth of them with random labels, and is pruned to 5 % of its
-weights in three cycles. All methods begin with the same dense training. About ten seconds a seed on one core, twice: the
-second table is the setting where soups are not what pays, digits with right labels. ``--write`` puts the tables into
-RESULTS.md and the picture beside it.
+weights in three cycles. All methods begin with the same dense training. About ten seconds a seed on one core, twice:
+the second table is the setting where soups are not what pays, digits with right labels. ``--write`` puts the tables
+into RESULTS.md and the picture beside it.
 """
 
 import argparse

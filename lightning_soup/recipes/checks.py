@@ -14,6 +14,7 @@ from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
 from lightning_soup.weights.compatibility import check_compatible, is_head
 from lightning_soup.weights.geometry import cosines
 from lightning_soup.weights.weights_file import Source, WeightsFile
+from lightning_soup.weights.zeros import compare_zeros
 
 CommonStart = Literal["require", "ignore"]
 _UNRELATED = 0.5  # cosine; fine-tunes of one start lie above 0.9, independent random matrices near 0
@@ -24,6 +25,7 @@ def check_ingredients(
     ingredients: Sequence[Ingredient | Source | WeightsFile],
     common_start: CommonStart = "require",
     evaluator: Evaluator | None = None,
+    one_mask: bool = True,
 ) -> tuple[tuple[Ingredient, ...], tuple[str, ...]]:
     """Check ingredients before anything is evaluated.
 
@@ -32,13 +34,14 @@ def check_ingredients(
         common_start: ``"require"`` refuses networks that cannot come from one starting point; ``"ignore"`` skips that
             check.
         evaluator: Says which tensors are no weights (:meth:`.Evaluator.ignored`).
+        one_mask: Whether pruned networks must be zero at the same places, as their average is else less sparse.
 
     Returns:
         The ingredients, with unique labels and without tensors that are no weights, and notes for the user: duplicates,
         and heads that were initialised independently. Each note is also given as a warning.
 
     Raises:
-        RecipeError: Fewer than two ingredients, or ingredients without a common start.
+        RecipeError: Fewer than two ingredients, ingredients without a common start, or pruned ones with other masks.
         IncompatibleIngredients: Their tensors differ.
     """
     ignored = () if evaluator is None else evaluator.ignored()
@@ -57,9 +60,23 @@ def check_ingredients(
     notes += _duplicates(found)
     if common_start == "require":
         notes += _unrelated(found)
+    if one_mask:
+        _refuse_other_masks(found)
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return tuple(found), tuple(notes)
+
+
+def _refuse_other_masks(ingredients: Sequence[Ingredient]) -> None:
+    zeros = compare_zeros([ingredient.weights for ingredient in ingredients])
+    if zeros is not None and zeros.apart is not None:
+        own = ", ".join(f"{density:.1%}" for density in zeros.densities[:4])
+        raise RecipeError(
+            f"the ingredients are pruned, but at different places ({zeros.apart!r} is the first): their matrices keep "
+            f"{own}{' …' if len(zeros.densities) > 4 else ''} of their weights, and the average would keep "
+            f"{zeros.together:.1%}. Soup copies that were retrained from one pruned network, as SparseModelSoup makes "
+            "them, or prune the average again: UniformSoup(reprune=True), --recipe.reprune=true on the command line."
+        )
 
 
 def _duplicates(ingredients: Sequence[Ingredient]) -> list[str]:

@@ -13,8 +13,9 @@ from lightning_soup import __version__
 from lightning_soup.errors import RecipeError
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.ingredient import refuse_overwriting
-from lightning_soup.recipes.recipe import Soup, with_statistics
-from lightning_soup.weights.save import save_combination
+from lightning_soup.recipes.recipe import Soup, reprune_, with_statistics
+from lightning_soup.weights.combine import combine
+from lightning_soup.weights.save import save_combination, save_weights
 from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
             for trial in soup.history
         ],
         "notes": list(soup.notes),
+        **({} if soup.repruned is None else {"repruned": soup.repruned}),
         **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
@@ -125,15 +127,13 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
         for item, file in zip(record["ingredients"], opened, strict=True):
             item["source"] = os.path.relpath(file.path.resolve(), target.parent.resolve()) if file.path else None
     sources, coefficients = with_statistics(opened, record["coefficients"], _recorded_statistics(original, record))
-    save_combination(
-        sources,
-        coefficients,
-        target,
-        like=like,
-        provenance=record,
-        accumulate=record["accumulate"],
-        progress=progress,
-    )
+    kept = {"like": like, "provenance": record}
+    if "repruned" in record:
+        weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)
+        reprune_(weights, record["repruned"])
+        save_weights(weights, target, **kept)
+    else:
+        save_combination(sources, coefficients, target, accumulate=record["accumulate"], progress=progress, **kept)
     if open_checkpoint(target).digest() != original.digest():
         warnings.warn(
             f"{target}: the weights differ from those in {path}. The ingredients are the same, so {path} was changed "

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator
+from lightning_soup.layers.pruning import prune_
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
-from lightning_soup.weights.save import save_combination
+from lightning_soup.weights.save import save_combination, save_weights
 from lightning_soup.weights.weights_file import Source, WeightsFile, metric_prefixes
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Soup:
         accumulate: Type of the kernel's accumulator.
         statistics: BatchNorm statistics that were estimated anew, which take the place of the combined ones; see
             :meth:`recalibrated`.
+        repruned: The share of the weight matrices that is pruned by magnitude after combining; ``None``: nothing is.
     """
 
     recipe: str
@@ -136,6 +138,7 @@ class Soup:
     notes: tuple[str, ...] = ()
     accumulate: Literal["float32", "float64"] = "float32"
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    repruned: float | None = None
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -144,6 +147,8 @@ class Soup:
             sources = [source.without(metric_prefixes(out)) for source in sources]
         result = combine(sources, coefficients, out, accumulate=self.accumulate)
         assert isinstance(result, dict)
+        if self.repruned is not None:
+            reprune_(result, self.repruned)
         return result
 
     def rated(self, evaluator: Evaluator | None) -> "Soup":
@@ -222,15 +227,10 @@ class Soup:
 
         path = user_path(path)
         sources, coefficients = self._terms()
-        return save_combination(
-            sources,
-            coefficients,
-            path,
-            like=like or self._sources[0],
-            provenance=provenance_of(self, path.parent),
-            accumulate=self.accumulate,
-            progress=progress,
-        )
+        kept = {"like": like or self._sources[0], "provenance": provenance_of(self, path.parent)}
+        if self.repruned is not None:  # by a threshold over all tensors, which are held for it
+            return save_weights(self.weights(), path, **kept)
+        return save_combination(sources, coefficients, path, accumulate=self.accumulate, progress=progress, **kept)
 
     def shares(self) -> Row:
         """One coefficient per ingredient: the coefficients, or their mean over elements where tensors differ."""
@@ -271,6 +271,11 @@ class Soup:
 
     def _terms(self) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
         return with_statistics(self._sources, self.coefficients, self.statistics)
+
+
+def reprune_(weights: Mapping[str, Tensor], share: float) -> None:
+    """Prune the weight matrices of a state dict by magnitude, all together, in place."""
+    prune_({name: t for name, t in weights.items() if t.is_floating_point() and t.ndim > 1}, share)
 
 
 def with_statistics(

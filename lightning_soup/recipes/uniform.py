@@ -10,6 +10,7 @@ from lightning_soup.recipes.checks import CommonStart, check_ingredients
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.recipes.recipe import Recipe, Soup
 from lightning_soup.weights.weights_file import Source, WeightsFile
+from lightning_soup.weights.zeros import compare_zeros
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class UniformSoup(Recipe):
         weights: One weight per ingredient; equal by default.
         normalize: Divide ``weights`` by their sum. Switch it off to use them as they are.
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
+        reprune: Prune the average of pruned networks with different masks again, to the sparsity of the sparsest, by
+            magnitude over all weight matrices. Without it such ingredients are refused. Estimate BatchNorm statistics
+            anew afterwards (:meth:`.Soup.recalibrated`).
 
     Raises:
         RecipeError: The weights do not fit the ingredients, or add up to zero.
@@ -33,6 +37,7 @@ class UniformSoup(Recipe):
     weights: list[float] | None = None
     normalize: bool = True
     common_start: CommonStart = "require"
+    reprune: bool = False
 
     def cook(
         self,
@@ -41,9 +46,13 @@ class UniformSoup(Recipe):
         progress: Progress = silent,
     ) -> Soup:
         """Average the ingredients; see :meth:`.Recipe.cook`. With an evaluator, the soup is scored once."""
-        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator, one_mask=not self.reprune)
         coefficients = self._coefficients(len(found))
-        return Soup(str(self), found, coefficients, notes=notes).rated(evaluator)
+        zeros = compare_zeros([ingredient.weights for ingredient in found]) if self.reprune else None
+        if self.reprune and zeros is None:
+            raise RecipeError("UniformSoup(reprune=True): not all ingredients are pruned. Leave reprune out.")
+        repruned = 1 - min(zeros.densities) if zeros else None
+        return Soup(str(self), found, coefficients, notes=notes, repruned=repruned).rated(evaluator)
 
     def _coefficients(self, count: int) -> tuple[float, ...]:
         if self.weights is None:

@@ -45,7 +45,7 @@ def inner_products(checkpoints: Sequence[Source | WeightsFile], direction: Mappi
             flat = flat if flat.dtype == torch.float64 else flat.float()
             total = torch.zeros(len(opened), dtype=torch.float64, device="cpu")
             for i, file in enumerate(opened):
-                for start, chunk in _chunks(file.tensors[name]):
+                for start, chunk in chunks_of(file.tensors[name]):
                     part = flat[start : start + len(chunk)]
                     total[i] += torch.dot(chunk.to(part.dtype), part).double()
             found[name] = total
@@ -74,7 +74,7 @@ def relative_distance(
         for name, stored in b.tensors.items():
             if not stored.spec.dtype.is_floating_point or not stored.spec.numel:
                 continue
-            x, y = _sampled(a.tensors[name], sample), _sampled(stored, sample) * scale
+            x, y = sampled(a.tensors[name], sample), sampled(stored, sample) * scale
             y = torch.nan_to_num(y, posinf=0.0, neginf=0.0)  # masks hold infinities in both
             x = torch.nan_to_num(x, posinf=0.0, neginf=0.0)
             weight = stored.spec.numel / len(y)
@@ -105,14 +105,14 @@ def cosines(
     found = {}
     with single_threaded_torch():
         for name in names:
-            rows_KN = torch.stack([_sampled(file.tensors[name], sample) for file in opened])
+            rows_KN = torch.stack([sampled(file.tensors[name], sample) for file in opened])
             unit_KN = torch.nn.functional.normalize(rows_KN, dim=1)
             found[name] = unit_KN @ unit_KN.T
     return found
 
 
-def _sampled(stored: StoredTensor, sample: int) -> Tensor:
-    """Up to ``sample`` elements in float64: 16 runs, evenly spread, so that few pages are read."""
+def sampled(stored: StoredTensor, sample: int) -> Tensor:
+    """Up to ``sample`` elements, in float64: 16 runs, evenly spread, so that few pages are read."""
     total = stored.spec.numel
     run = total if total <= sample else max(sample // 16, 1)
     starts = [0] if total <= sample else [round(i * (total - run) / 15) for i in range(16)]
@@ -120,7 +120,8 @@ def _sampled(stored: StoredTensor, sample: int) -> Tensor:
     return torch.cat([stored.read(start, start + run, scratch)[0].double() for start in starts])
 
 
-def _chunks(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+def chunks_of(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    """All elements in turn, with the number of the first of each part; a part is overwritten by the next."""
     scratch = Scratch(CHUNK_BYTES)
     step = CHUNK_BYTES // stored.spec.dtype.itemsize
     with hold(stored.files):

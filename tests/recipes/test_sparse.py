@@ -1,0 +1,116 @@
+"""Soups of pruned networks after the fact: one mask is kept, others are refused or pruned again."""
+
+import pytest
+import torch
+
+from lightning_soup.errors import RecipeError
+from lightning_soup.evaluation import Evaluator
+from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.pruning import prune_
+from lightning_soup.recipes import GreedySoup, UniformSoup, recook
+from lightning_soup.weights import combine, open_checkpoint, save_weights
+from lightning_soup.weights.zeros import compare_zeros
+
+NAMES = ["a.weight", "b.weight"]
+
+
+def network(seed: int, masks: Masks | None = None, share: float = 0.5) -> dict[str, torch.Tensor]:
+    """A network near to one start; pruned by itself where there are no masks."""
+    start, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    found = {name: torch.randn(40, 30, generator=start) for name in NAMES}
+    found = {name: value + 0.3 * torch.randn(40, 30, generator=draw) for name, value in found.items()}
+    if masks is None:
+        prune_(found, share)
+    else:
+        masks.apply_(found)
+    return {**found, "a.bias": torch.randn(40, generator=draw)}
+
+
+class Never(Evaluator):
+    """Is not asked."""
+
+    def score(self, weights):
+        raise AssertionError("a candidate was judged")
+
+
+def zeros(weights) -> int:
+    return sum(int((weights[name] == 0).sum()) for name in NAMES)
+
+
+def shared() -> Masks:
+    draw = torch.Generator().manual_seed(1)
+    return Masks({name: torch.rand(40, 30, generator=draw) < 0.5 for name in NAMES})
+
+
+@pytest.mark.parametrize("recipe", [UniformSoup(), UniformSoup(weights=[3.0, 1.0, -1.0])])
+def test_one_mask_is_kept_exactly(recipe):
+    masks = shared()
+    weights = recipe.cook([network(seed, masks) for seed in range(3)]).weights()
+    for name in NAMES:
+        assert torch.equal(weights[name] != 0, masks[name])
+
+
+def test_golden_4_zeros_that_cancel_are_no_mask():
+    """By mask a third is pruned, by zeros two thirds."""
+    mask = Masks({"w": torch.tensor([[True, True, False]])})
+    mean = combine([{"w": torch.tensor([[0.5, 1, 0]])}, {"w": torch.tensor([[-0.5, 3, 0]])}], [0.5, 0.5])
+    assert mean["w"].tolist() == [[0, 2, 0]]
+    assert mask.sparsity == pytest.approx(1 / 3)
+
+
+def test_golden_4_other_masks():
+    pair = [{"w": torch.tensor([[2.0, 1, 0, 0]])}, {"w": torch.tensor([[4.0, 0, -1.5, 0]])}]
+    with pytest.raises(RecipeError, match=r"at different places \('w' is the first\).*keep 50.0%, 50.0%.*keep 75.0%"):
+        UniformSoup(common_start="ignore").cook(pair)
+    soup = UniformSoup(common_start="ignore", reprune=True).cook(pair)
+    assert soup.weights()["w"].tolist() == [[3, 0, -0.75, 0]]
+
+
+@pytest.mark.parametrize("recipe", [UniformSoup(), GreedySoup()])
+def test_other_masks_are_refused_with_the_density_that_would_come_of_it(recipe):
+    pair = [network(seed) for seed in (1, 2)]
+    together = 1 - int(sum(((pair[0][n] == 0) & (pair[1][n] == 0)).sum() for n in NAMES)) / 2400
+    with pytest.raises(RecipeError, match=f"and the average would keep {together:.1%}"):
+        recipe.cook(pair, Never())
+
+
+class TestRepruned:
+    @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".ckpt"])
+    def test_as_sparse_as_the_sparsest(self, suffix, tmp_path):
+        for seed, share in ((1, 0.5), (2, 0.6)):
+            save_weights(network(seed, share=share), tmp_path / f"{seed}.safetensors")
+        soup = UniformSoup(reprune=True).cook([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+        weights = soup.weights()
+        assert zeros(weights) == 1440
+        path = soup.save(tmp_path / f"soup{suffix}")
+        saved = open_checkpoint(path)
+        assert all(torch.equal(saved[name], weights[name]) for name in weights)
+        assert saved.provenance["repruned"] == 0.6
+        again = recook(path)
+        assert open_checkpoint(again).digest() == saved.digest()
+
+    def test_into_a_module(self):
+        module = torch.nn.ModuleDict({"a": torch.nn.Linear(30, 40), "b": torch.nn.Linear(30, 40, bias=False)})
+        UniformSoup(reprune=True).cook([network(1), network(2)]).apply_to(module)
+        assert zeros(module.state_dict()) == 1200
+
+    def test_dense_networks_are_not_pruned(self):
+        dense = [network(seed, Masks({})) for seed in (1, 2)]
+        with pytest.raises(RecipeError, match=r"not all ingredients are pruned\. Leave reprune out"):
+            UniformSoup(reprune=True).cook(dense)
+
+
+class TestWhatIsNoMask:
+    def test_dense_networks(self):
+        assert compare_zeros([open_checkpoint(network(seed, Masks({}))) for seed in (1, 2)]) is None
+
+    def test_one_of_them_is_dense(self):
+        UniformSoup().cook([network(1), network(2, Masks({}))])
+
+    def test_layers_that_are_zero_yet(self):
+        pair = [network(seed, Masks({})) for seed in (1, 2)]
+        pair[0]["b.weight"].zero_()
+        assert compare_zeros([open_checkpoint(weights) for weights in pair]) is None
+
+    def test_only_biases(self):
+        assert compare_zeros([open_checkpoint({"bias": torch.zeros(3)})] * 2) is None
