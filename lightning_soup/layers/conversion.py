@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.experts import mean_of
-from lightning_soup.layers.feed_forward import Layers, choose, find_feed_forwards
+from lightning_soup.layers.feed_forward import Layers, choose, find_feed_forwards, some
 from lightning_soup.layers.moe import RandomUniformMoE
 
-__all__ = ["convert_to_dense", "dense_state", "experts_of", "unwrapped", "use_experts"]
+__all__ = ["convert_to_dense", "dense_state", "experts_of", "replace_networks", "unwrapped", "use_experts"]
 
 
 def use_experts(
@@ -31,7 +31,8 @@ def use_experts(
     Args:
         module: The model, or a LightningModule that holds it.
         num_experts: N.
-        layers: Which networks; see :func:`.choose`.
+        layers: Which networks; see :func:`.choose`. Of these, a frozen one (no parameter has ``requires_grad``) is left
+            as it is: experts that nothing moves would only cost memory.
         init: As of :meth:`.RandomUniformMoE.from_dense`.
         target: As of :func:`.find_feed_forwards`.
         scope: As of :class:`.RandomUniformMoE`.
@@ -40,21 +41,33 @@ def use_experts(
         Paths of the networks that were replaced.
 
     Raises:
-        UnsupportedSetup: None is found, or one cannot be replaced. The model is as it was then.
+        UnsupportedSetup: None is found, one cannot be replaced, or all are frozen. The model is as it was then.
     """
+    return replace_networks(module, num_experts, layers, init, target, scope)[0]
+
+
+def replace_networks(
+    module: nn.Module,
+    num_experts: int,
+    layers: Layers,
+    init: Literal["copy", "independent"],
+    target: Sequence[str] | None,
+    scope: Literal["tokens", "positions"],
+) -> tuple[list[str], list[str]]:
+    """As :func:`use_experts`; gives the paths of the networks that were replaced, and of those left as frozen."""
     found = find_feed_forwards(module, target)
     chosen = choose(list(found), layers)
-    if init == "independent":
-        frozen = [name for name in chosen if not any(p.requires_grad for p in found[name].parameters())]
-        if frozen:
-            raise UnsupportedSetup(
-                f"init='independent' would draw the frozen weights of {frozen[0]} anew, which no training makes good. "
-                "Leave frozen networks out (layers, target), or use init='copy'."
-            )
-    made = {name: RandomUniformMoE.from_dense(found[name], num_experts, init, scope) for name in chosen}
+    frozen = [name for name in chosen if not any(p.requires_grad for p in found[name].parameters())]
+    trained = [name for name in chosen if name not in frozen]
+    if not trained:
+        raise UnsupportedSetup(
+            f"layers={layers!r}: all of these feed-forward networks are frozen ({some(frozen)}), so there is nothing "
+            "to train as experts. Choose others (layers, target), or unfreeze them before the fit."
+        )
+    made = {name: RandomUniformMoE.from_dense(found[name], num_experts, init, scope) for name in trained}
     for name, experts in made.items():
         _put(module, name, experts)
-    return chosen
+    return trained, frozen
 
 
 def experts_of(module: nn.Module) -> dict[str, RandomUniformMoE]:
@@ -116,6 +129,4 @@ def unwrapped(name: str) -> str:
 
 def _put(module: nn.Module, name: str, part: nn.Module) -> None:
     path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
-    part.train(owner.training)
-    owner._modules[key] = part  # also in a Sequential or ModuleList, whose keys are numbers
+    module.get_submodule(path)._modules[key] = part  # also in a Sequential or ModuleList, whose keys are numbers

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,24 @@ from torch import Tensor, nn
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.threads import one_thread
 
-__all__ = ["average_experts_", "check_share_rate", "expert_spread", "mean_expert", "mean_of"]
+__all__ = ["average_experts_", "check_count", "check_share_rate", "expert_spread", "mean_expert", "mean_of"]
 
 _CHUNK = 1 << 17  # elements worked on at a time: those of all experts stay in the cache between two passes over them
+
+
+def check_count(option: str, count: int, least: int) -> None:
+    """Refuse what is not a whole number, or too small a one.
+
+    Args:
+        option: Its name.
+        count: What was given.
+        least: The smallest that has a meaning.
+
+    Raises:
+        UnsupportedSetup: It is one of these.
+    """
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        raise UnsupportedSetup(f"{option}={count!r}: expected a whole number, {least} or more.")
 
 
 def check_share_rate(beta: float, count: int) -> None:
@@ -22,10 +38,11 @@ def check_share_rate(beta: float, count: int) -> None:
         count: N.
 
     Raises:
-        UnsupportedSetup: β lies outside 0 … (N − 1)/N, or there are fewer than two experts.
+        UnsupportedSetup: β is no number or lies outside 0 … (N − 1)/N, or there are fewer than two experts.
     """
-    if count < 2:
-        raise UnsupportedSetup(f"num_experts={count}: averaging needs two experts or more.")
+    check_count("num_experts", count, 2)
+    if isinstance(beta, bool) or not isinstance(beta, Real):
+        raise UnsupportedSetup(f"share_rate={beta!r}: expected a number, such as 0.3.")
     highest = (count - 1) / count
     if not 0 <= beta <= highest + 1e-12:  # NaN is refused, too
         raise UnsupportedSetup(
@@ -64,8 +81,17 @@ def average_experts_(experts: Sequence[nn.Module], beta: float) -> None:
 
 
 def mean_expert(experts: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """W̄ of every parameter by name, in its own type. Gradients flow to all experts; equal experts are kept exactly."""
-    return {name: mean_of(tensors) for name, tensors in _rows(experts).items()}
+    """W̄ of every parameter and floating-point buffer by name, in its own type; equal ones are kept exactly.
+
+    Gradients flow to all experts. Buffers are what each expert has gathered of its own tokens: they meet here only, and
+    are no part of the averaging step.
+    """
+    buffers = [dict(expert.named_buffers()) for expert in experts]
+    floating = [name for name, buffer in buffers[0].items() if buffer.is_floating_point()]
+    return {
+        **{name: mean_of(tensors) for name, tensors in _rows(experts).items()},
+        **{name: mean_of([found[name] for found in buffers]) for name in floating},
+    }
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.moe import RandomUniformMoE
 
-__all__ = ["Layers", "choose", "find_feed_forwards"]
+__all__ = ["Layers", "choose", "find_feed_forwards", "some"]
 
 Layers = str | list[int]
 NAMES = ("mlp", "ffn", "feed_forward", "feedforward")
@@ -71,7 +71,7 @@ def choose(names: Sequence[str], layers: Layers) -> list[str]:
         return [names[i] for i in sorted({i % count for i in layers})]
     raise UnsupportedSetup(
         f"layers={layers!r}: expected 'all', 'every_other', 'last_k', or a list of numbers from 0 to {count - 1}; the "
-        f"model has {count} feed-forward networks: {_some(names)}."
+        f"model has {count} feed-forward networks: {some(names)}."
     )
 
 
@@ -85,7 +85,7 @@ def _none_found(module: nn.Module, target: Sequence[str] | None) -> str:
     kind = type(module).__name__
     if target is not None:
         named = [name for name, _ in module.named_modules() if name.rpartition(".")[2] in NAMES]
-        return f"target={list(target)} matches no module of {kind}. By name there are: {_some(named)}."
+        return f"target={list(target)} matches no module of {kind}. By name there are: {some(named)}."
     if not any(True for _ in module.parameters()):
         return (
             f"{kind} has no parameters yet. If it builds its model in configure_model, call "
@@ -134,8 +134,8 @@ def _check_tokenwise(name: str, part: nn.Module, first: nn.Linear) -> None:
     modes = [(inner, inner.training) for inner in part.modules()]
     part.eval()
     try:
-        together = part(tokens)
-        alone = torch.cat([part(tokens[:, i : i + 1]) for i in range(_TOKENS)], 1)
+        together = part.forward(tokens)  # without its hooks, which will see the tokens of all experts together
+        alone = torch.cat([part.forward(tokens[:, i : i + 1]) for i in range(_TOKENS)], 1)
         fits = together.shape == tokens.shape and torch.allclose(together.float(), alone.float(), rtol=1e-2, atol=1e-3)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise UnsupportedSetup(
@@ -152,6 +152,7 @@ def _check_tokenwise(name: str, part: nn.Module, first: nn.Linear) -> None:
         )
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: the first few of them."""
     shown = ", ".join(names[:most]) or "none"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.layers.experts import mean_expert
+from lightning_soup.layers.experts import check_count, mean_expert
 
 __all__ = ["RandomUniformMoE"]
 
@@ -39,13 +39,12 @@ class RandomUniformMoE(nn.Module):
 
     def __init__(self, experts: list[nn.Module], scope: Literal["tokens", "positions"] = "tokens"):
         super().__init__()
-        if len(experts) < 2:
-            raise UnsupportedSetup(f"num_experts={len(experts)}: expected two experts or more.")
+        check_count("num_experts", len(experts), 2)
         if scope not in ("tokens", "positions"):
             raise UnsupportedSetup(f"scope={scope!r}: expected tokens or positions.")
         self.experts = nn.ModuleList(experts)
         self.scope = scope
-        self.train(experts[0].training)
+        self.training = experts[0].training
         self.register_load_state_dict_pre_hook(_fit_to_experts)
 
     @classmethod
@@ -67,23 +66,37 @@ class RandomUniformMoE(nn.Module):
         """
         if init not in ("copy", "independent"):
             raise UnsupportedSetup(f"init={init!r}: expected copy or independent.")
-        experts = [dense, *(copy.deepcopy(dense) for _ in range(num_experts - 1))]
+        check_count("num_experts", num_experts, 2)
+        experts = [dense, *(_copy(dense) for _ in range(num_experts - 1))]
         if init == "independent":
             for expert in experts[1:]:
                 _draw_anew(expert)
-        return cls(experts, scope)
+        made = cls(experts, scope)
+        _move_hooks(dense, made)
+        return made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Share the tokens out in training; the mean network in evaluation."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Share the tokens out in training; the mean network in evaluation.
+
+        Args:
+            x: The tokens.
+            *args: What else the block gives its network; every expert is given the same.
+            **kwargs: The same by name.
+
+        Raises:
+            UnsupportedSetup: There is a tensor among that.
+        """
+        if args or kwargs:
+            _check_extra(self.experts[0], {**dict(enumerate(args, start=2)), **kwargs})
         if not self.training:
-            return functional_call(self.experts[0], self.mean_parameters(), (x,))
+            return functional_call(self.experts[0], self.mean_parameters(), (x, *args), kwargs)
         tokens = x.reshape(-1, x.shape[-1]) if self.scope == "tokens" else x.reshape(x.shape[0], -1, x.shape[-1])
         dim = tokens.ndim - 2
         order = torch.randperm(tokens.shape[dim], device=x.device)
         parts = _permute(tokens, order, dim).tensor_split(len(self.experts), dim)
         # An expert without tokens is called, too: its gradients are 0 then and not None, on which DDP would wait.
-        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)], dim)
-        return _permute(done, _inverse(order), dim).reshape(x.shape)
+        done = [expert(part, *args, **kwargs) for expert, part in zip(self.experts, parts, strict=True)]
+        return _permute(torch.cat(done, dim), _inverse(order), dim).reshape(x.shape)
 
     def __getattr__(self, name: str) -> Any:
         """Parts of one network, which blocks may ask for: open_clip looks up the type of ``mlp.c_fc.weight``."""
@@ -96,14 +109,19 @@ class RandomUniformMoE(nn.Module):
             return experts[0]._modules[name]
 
     def mean_parameters(self) -> dict[str, Tensor]:
-        """W̄ by the names of one network. Formed at each use: weights change in ways that no counter shows."""
+        """W̄ by the names of one network, with its floating-point buffers.
+
+        Formed at each use: weights change in ways that no counter shows.
+        """
         return mean_expert(self.experts)
 
     def to_dense(self) -> nn.Module:
         """The network with the mean weights: the first expert itself, changed in place."""
         with torch.no_grad():
+            own = {**dict(self.experts[0].named_parameters()), **dict(self.experts[0].named_buffers())}
             for name, mean in self.mean_parameters().items():
-                self.experts[0].get_parameter(name).copy_(mean)
+                own[name].copy_(mean)
+        _move_hooks(self, self.experts[0])
         return self.experts[0]
 
     def extra_repr(self) -> str:
@@ -125,6 +143,45 @@ def _fit_to_experts(moe: RandomUniformMoE, state: dict[str, Any], prefix: str, *
         for name in names:
             value = state.pop(f"{prefix}{name}")
             state.update({f"{place}{i}.{name}": value for i in range(count)})
+
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    """A copy of a network without what watches it; in its parts, the very hooks are called that the network's own call.
+
+    A copied hook would be one that tells nobody.
+    """
+    known: dict[int, Any] = {}
+    for part in network.modules():
+        hooks = [vars(part)[name] for name in _HOOKS]
+        known |= {id(found): type(found)() if part is network else found for found in hooks if found}
+    return copy.deepcopy(network, known)
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let what watches one module watch another, which takes its place; handles still remove their hooks."""
+    for name in (*_HOOKS, "_is_full_backward_hook"):  # not by attribute: compiled modules pass those on
+        vars(source)[name], vars(target)[name] = vars(target)[name], vars(source)[name]
+
+
+def _check_extra(network: nn.Module, extra: dict[int | str, Any]) -> None:
+    """Refuse tensors beside the tokens: it cannot be known whether they belong to tokens and have to be shared out."""
+    tensors = ", ".join(str(key) for key, value in extra.items() if isinstance(value, Tensor))
+    if tensors:
+        raise UnsupportedSetup(
+            f"the block gives its feed-forward network ({type(network).__name__}) another tensor beside the tokens "
+            f"(argument {tensors}), which experts cannot share out. Leave it out (layers, target)."
+        )
 
 
 class _Permutation(torch.autograd.Function):
@@ -152,8 +209,8 @@ def _inverse(order: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _draw_anew(expert: nn.Module) -> None:
-    """Draw each matrix with its own mean and deviation; biases and norms are as they are."""
+    """Draw each matrix with its own mean and deviation; biases, norms and what is frozen are as they are."""
     for parameter in expert.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and parameter.requires_grad:
             mean, deviation = parameter.mean(), parameter.std()
             parameter.normal_().mul_(deviation).add_(mean)

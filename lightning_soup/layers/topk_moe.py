@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.experts import check_count
 
 __all__ = ["TopKMoE"]
 
@@ -41,12 +42,11 @@ class TopKMoE(nn.Module):
 
     def __init__(self, expert: nn.Module, width: int, num_experts: int = 4, k: int = 1, num_shared: int = 0):
         super().__init__()
-        if num_experts < 2:
-            raise UnsupportedSetup(f"num_experts={num_experts}: expected two experts or more.")
-        if not 1 <= k <= num_experts:
+        check_count("num_experts", num_experts, 2)
+        check_count("k", k, 1)
+        check_count("num_shared", num_shared, 0)
+        if k > num_experts:
             raise UnsupportedSetup(f"k={k}: expected 1 to {num_experts} experts a token.")
-        if num_shared < 0:
-            raise UnsupportedSetup(f"num_shared={num_shared}: expected 0 or more.")
         self.router = nn.Linear(width, num_experts, bias=False)
         self.experts = nn.ModuleList(_drawn(expert) for _ in range(num_experts))
         self.shared = nn.ModuleList(_drawn(expert) for _ in range(num_shared))

@@ -54,9 +54,16 @@ def test_rates_out_of_bounds(beta):
         check_share_rate(beta, 4)
 
 
-def test_one_expert_is_none():
-    with pytest.raises(UnsupportedSetup, match="num_experts=1"):
-        check_share_rate(0.1, 1)
+@pytest.mark.parametrize("count", [1, True, 4.0, 4.5, "4", None, float("nan")])
+def test_the_number_of_experts_is_a_whole_one(count):
+    with pytest.raises(UnsupportedSetup, match=r"num_experts=.*: expected a whole number, 2 or more"):
+        check_share_rate(0.1, count)
+
+
+@pytest.mark.parametrize("beta", [True, "0.3", None, torch.tensor(0.3), 0.3j])
+def test_rates_are_numbers(beta):
+    with pytest.raises(UnsupportedSetup, match=r"share_rate=.*: expected a number, such as 0\.3"):
+        check_share_rate(beta, 4)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7])

@@ -239,3 +239,33 @@ def test_compiled_it_computes_the_same():
 def test_what_cannot_be(make, message):
     with pytest.raises(UnsupportedSetup, match=message):
         make()
+
+
+class Gated(nn.Module):
+    """Its block may give it more than tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x, scale=1.0, gate=None):
+        return scale * self.b(self.a(x)) * (1 if gate is None else gate)
+
+
+def test_plain_values_beside_the_tokens_are_given_to_all_experts():
+    moe = RandomUniformMoE.from_dense(Gated(), 3)
+    x = torch.randn(2, 7, 6)
+    for mode in (True, False):
+        moe.train(mode)
+        torch.testing.assert_close(moe(x, 2.0), 2 * moe.experts[0](x))
+        torch.testing.assert_close(moe(x, scale=3), 3 * moe.experts[0](x))
+        with pytest.raises(UnsupportedSetup, match=r"Gated\) another tensor beside the tokens \(argument gate\)"):
+            moe(x, 2.0, gate=torch.ones(2, 7, 1))
+        with pytest.raises(UnsupportedSetup, match=r"argument 3\)"):
+            moe(x, 2.0, torch.ones(2, 7, 1))
+
+
+@pytest.mark.parametrize("count", [0, 1, True, 2.0, "4", None, float("nan")])
+def test_the_number_of_experts_is_a_whole_one(count):
+    with pytest.raises(UnsupportedSetup, match=r"num_experts=.*: expected a whole number, 2 or more"):
+        RandomUniformMoE.from_dense(mlp(), count)

@@ -54,7 +54,18 @@ def test_experts_are_drawn_apart_and_those_without_tokens_have_gradients_of_zero
     assert sorted(bool(weight.grad.any()) for weight in weights) == [False, False, False, True]
 
 
-@pytest.mark.parametrize("options", [{"num_experts": 1}, {"k": 0}, {"k": 5}, {"num_shared": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_experts": 1},
+        {"k": 0},
+        {"k": 5},
+        {"num_shared": -1},
+        {"num_experts": 2.5},
+        {"k": True},
+        {"num_shared": "1"},
+    ],
+)
 def test_what_cannot_be(options):
     with pytest.raises(UnsupportedSetup, match=next(iter(options))):
         moe(**options)
