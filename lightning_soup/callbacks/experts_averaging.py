@@ -1,26 +1,27 @@
 """ExpertsWeightAveraging: train feed-forward networks as experts that are averaged, ship the plain network."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.optim import SGD
-from torch.utils.hooks import RemovableHandle
 
 from lightning_soup.callbacks import expert_files
-from lightning_soup.callbacks.model_soup import ModelSoup
+from lightning_soup.callbacks.experts_checks import check_experts, check_options, check_others, owner_of
+from lightning_soup.callbacks.experts_conversion import convert_with_averages
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.callbacks.weights_only import take_off
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
-from lightning_soup.layers.conversion import convert_to_dense, experts_of, unwrapped, use_experts
+from lightning_soup.layers.conversion import convert_to_dense, experts_of, replace_networks, unwrapped
 from lightning_soup.layers.experts import average_experts_, check_share_rate, expert_spread
-from lightning_soup.layers.feed_forward import Layers
+from lightning_soup.layers.feed_forward import Layers, some
 from lightning_soup.layers.moe import RandomUniformMoE
 from lightning_soup.layers.topk_moe import TopKMoE
 
@@ -39,9 +40,13 @@ class ExpertsWeightAveraging(Callback):
     (:func:`.average_experts_`). Validation sees the mean network, and when the fit ends the model has its former
     architecture, keys and cost again, with the mean weights.
 
-    Checkpoints hold the experts, for resuming, and the plain model under ``dense_state_dict``, which is what
-    ``open_checkpoint`` opens and what the classifiers of this package load. Files of weights only hold the plain model
-    alone. Training and its optimizer state need memory for N networks.
+    Checkpoints hold the plain model under ``state_dict``, so that ``load_from_checkpoint`` of any module, ``test`` and
+    other loaders find what they know, and the experts under ``current_model_state``, from which training resumes.
+    ``open_checkpoint(path, which="raw")`` gives those. Files of weights only hold the plain model alone. Training and
+    its optimizer state need memory for N networks. After a fit that failed, the module is plain, too.
+
+    A frozen network is left plain. What is frozen in the experts is not averaged, until it is unfrozen. A
+    :class:`.LiveAverage` beside this callback is one of the plain model in files and, after the fit, in tests.
 
     A model with :class:`.TopKMoE` layers, which have routers, gets the same averaging and keeps its experts: then
     ``layers``, ``init``, ``target`` and ``scope`` have no meaning. Averaging early only is ``stop_at``.
@@ -60,8 +65,9 @@ class ExpertsWeightAveraging(Callback):
         scope: As of :class:`.RandomUniformMoE`.
 
     Raises:
-        UnsupportedSetup: Before training: an option has no meaning, no network is found or one cannot be replaced, the
-            strategy shards parameters, an optimizer lacks the experts, or the checkpoint is of other experts.
+        UnsupportedSetup: Before training: an option has no meaning, no network is found, one cannot be replaced or all
+            are frozen, the strategy shards parameters, an optimizer lacks the experts, or the checkpoint is of other
+            experts.
 
     Source: Huang et al., Experts Weights Averaging (arXiv 2308.06093). There is no official code; the schedule and the
     layers are our choice.
@@ -78,19 +84,9 @@ class ExpertsWeightAveraging(Callback):
         target: list[str] | None = None,
         scope: Literal["tokens", "positions"] = "tokens",
     ) -> None:
-        check_share_rate(share_rate, num_experts)
-        if not callable(schedule) and schedule not in ("linear", "constant"):
-            raise UnsupportedSetup(
-                f"schedule={schedule!r}: expected linear, constant, or a function of step and total."
-            )
-        if init not in ("copy", "independent"):
-            raise UnsupportedSetup(f"init={init!r}: expected copy or independent.")
-        if scope not in ("tokens", "positions"):
-            raise UnsupportedSetup(f"scope={scope!r}: expected tokens or positions.")
-        if isinstance(target, str):
-            raise UnsupportedSetup(f"target={target!r}: expected a list of patterns: [{target!r}].")
         self.num_experts, self.layers, self.share_rate, self.schedule = num_experts, layers, share_rate, schedule
         self.init, self.target, self.scope = init, target, scope
+        check_options(self, stop_at)
         self._open = Schedule(0, stop_at, 1, owner=type(self).__name__)
         self._experts: dict[str, RandomUniformMoE | TopKMoE] = {}
         self._steps_done = 0
@@ -98,78 +94,57 @@ class ExpertsWeightAveraging(Callback):
         self._total: float | None = None
         self._optimizer = 0
         self._steps: OptimizerSteps | None = None
-        self._opens_plain: RemovableHandle | None = None
 
     @property
     def state_key(self) -> str:
         """Shown by Lightning where a file is resumed without this callback."""
         return (
-            "ExpertsWeightAveraging (without this callback the file cannot be resumed; its plain model, which "
-            "open_checkpoint opens, is under dense_state_dict)"
+            "ExpertsWeightAveraging (without this callback training cannot go on, for the optimizer's state in the "
+            "file is of experts; begin a training from the plain model in it instead, which is its state_dict)"
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
-        return {**self.__dict__, "_experts": {}, "_loaded": None, "_steps": None, "_opens_plain": None}
+        return {**self.__dict__, "_experts": {}, "_loaded": None, "_steps": None}
 
     # ------------------------------------------------------------------------------------------------ before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the networks, before optimizers are made and checkpoints are loaded."""
-        if self._opens_plain is not None:  # after an exception there was no teardown
-            self._opens_plain.remove()
-            self._opens_plain = None
         if stage != "fit":
-            self._opens_plain = pl_module._register_load_state_dict_pre_hook(expert_files.to_plain, with_module=True)
             return
         check_strategy(trainer, type(self).__name__, "experts are averaged whole")
         self._steps_done, self._loaded = 0, None
-        self._check_others(trainer)
-        if experts_of(pl_module) or _routed(pl_module):  # made by hand, or left by a fit that did not reach its end
-            if experts_of(pl_module) and not is_overridden("configure_model", pl_module):
+        check_others(trainer, self)
+        take_off(trainer, self)  # of a fit that failed
+        if _routed(pl_module):
+            return
+        if experts_of(pl_module):
+            if not is_overridden("configure_model", pl_module):
                 rank_zero_warn(
                     "ExpertsWeightAveraging: the model has experts already and goes on with them, so layers, init, "
                     "target and scope have no effect. lightning_soup.convert_to_dense(module) makes it plain again."
                 )
-            return
-        if is_overridden("configure_model", pl_module) and not any(True for _ in pl_module.parameters()):
-            return  # made there, or missed in on_fit_start
-        use_experts(pl_module, self.num_experts, self.layers, self.init, self.target, self.scope)
+        elif is_overridden("configure_model", pl_module) and not any(True for _ in pl_module.parameters()):
+            pass  # made there, or missed in on_fit_start
+        else:
+            self._replace(pl_module)
+        expert_files.follow(trainer, self, pl_module)
 
-    def _check_others(self, trainer: Trainer) -> None:
-        """Refuse callbacks that would take experts for the model that ships."""
-        for number, callback in enumerate(trainer.callbacks):
-            names = {kind.__name__ for kind in type(callback).__mro__}
-            if "WeightAveraging" in names:
-                raise UnsupportedSetup(
-                    f"{type(callback).__name__} of Lightning exchanges the weights in files without telling, so that "
-                    "the plain model there would not be its average. Use ExponentialAverage of this package."
-                )
-            early = isinstance(callback, ModelSoup) or "StochasticWeightAveraging" in names
-            if early and number < trainer.callbacks.index(self):
-                raise UnsupportedSetup(
-                    f"{type(callback).__name__} stands before ExpertsWeightAveraging, so it would see another "
-                    "model than is trained or ships. List ExpertsWeightAveraging first."
-                )
+    def _replace(self, module: LightningModule) -> None:
+        options = (self.num_experts, self.layers, self.init, self.target, self.scope)
+        if frozen := replace_networks(module, *options)[1]:
+            rank_zero_info(
+                f"ExpertsWeightAveraging: frozen networks stay plain, also if they are unfrozen later: {some(frozen)}. "
+                "To give them experts for then, list this callback before the one that freezes them."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer that owns the experts."""
         self._experts = experts_of(pl_module) or _routed(pl_module)
-        if not self._experts:
-            raise UnsupportedSetup(
-                f"{type(pl_module).__name__} has no experts. Where the model is built in configure_model, call "
-                "lightning_soup.layers.use_experts(self, num_experts=…) at its end."
-            )
-        for name, experts in self._experts.items():
-            if len(experts.experts) != self.num_experts:
-                raise UnsupportedSetup(
-                    f"{name} has {len(experts.experts)} experts, but num_experts={self.num_experts}. Give the same "
-                    "number, or begin with a plain model."
-                )
+        check_experts(pl_module, self._experts, self.num_experts)
         self._check_loaded()
-        self._optimizer = self._owner(trainer)
-        take_off(trainer, self)  # of a fit that failed
-        expert_files.follow(trainer, self, pl_module)
+        self._optimizer = owner_of(trainer, self._experts)
         self._steps = OptimizerSteps.of(trainer)
         self._steps.listen(self, partial(self._after_step, trainer), phase="mutate")
         first = next(iter(self._experts.values())).experts[0]
@@ -201,25 +176,6 @@ class ExpertsWeightAveraging(Callback):
                 "max_steps or max_epochs, or schedule='constant'."
             )
 
-    def _owner(self, trainer: Trainer) -> int:
-        """The index of the optimizer that moves the experts: one for all, or they would not be of one age."""
-        owners = [{id(p) for group in opt.param_groups for p in group["params"]} for opt in trainer.optimizers]
-        found: set[int] = set()
-        for name, experts in self._experts.items():
-            for key, parameter in experts.experts.named_parameters(prefix="experts"):
-                if not parameter.requires_grad:
-                    continue
-                index = next((i for i, owned in enumerate(owners) if id(parameter) in owned), None)
-                if index is None:
-                    raise UnsupportedSetup(
-                        f"{name}.{key} is a parameter that no optimizer owns: the optimizer was made before the "
-                        "experts. Make it in configure_optimizers, of self.parameters()."
-                    )
-                found.add(index)
-        if len(found) > 1:
-            raise UnsupportedSetup("the experts are spread over several optimizers. Let one own all of them.")
-        return found.pop() if found else 0
-
     # ------------------------------------------------------------------------------------------------ during training
 
     def share_rate_at(self, step: int) -> float:
@@ -241,10 +197,10 @@ class ExpertsWeightAveraging(Callback):
             return
         beta = self.share_rate_at(step)
         for layer in self._experts.values():
-            average_experts_(layer.experts, beta)
+            average_experts_(_trained(layer.experts), beta)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log how far experts are apart."""
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how far experts are apart, in the weights that are validated: live averages stand there by now."""
         if trainer.barebones:  # logs nothing, and warns of each attempt
             return
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._steps_done:
@@ -265,13 +221,15 @@ class ExpertsWeightAveraging(Callback):
             NonFiniteWeights: An expert has a NaN or an infinite value.
         """
         spread = self.spread if experts_of(pl_module) else 0.0  # routed experts are not merged
-        convert_to_dense(pl_module)
         self._experts = {}
         if math.isnan(spread):
+            convert_to_dense(pl_module)
             raise NonFiniteWeights(
                 "ExpertsWeightAveraging: an expert has a NaN or an infinite value, and so has the mean: training has "
                 "diverged. Lower the learning rate or clip gradients; checkpoints from before are unharmed."
             )
+        if experts_of(pl_module):
+            convert_with_averages(trainer, pl_module)
         if spread > _FAR:
             rank_zero_warn(
                 f"ExpertsWeightAveraging: the experts ended {spread:.0%} apart, so the mean network may do something "
@@ -280,14 +238,13 @@ class ExpertsWeightAveraging(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the optimizers go."""
-        if self._opens_plain is not None:
-            self._opens_plain.remove()
-            self._opens_plain = None
-        if stage == "fit":
-            if self._steps is not None:
-                self._steps.stop(self)
-                self._steps = None
-            take_off(trainer, self)
+        if stage != "fit":
+            return
+        convert_to_dense(pl_module)  # where Lightning's tuner has ended the fit before it began
+        if self._steps is not None:
+            self._steps.stop(self)
+            self._steps = None
+        take_off(trainer, self)
 
     # ---------------------------------------------------------------------------------------------------------- files
 
@@ -300,13 +257,15 @@ class ExpertsWeightAveraging(Callback):
         self._loaded = dict(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume from a training without experts, whose optimizer knows none."""
+        """Resume from experts. A training without them cannot go on with them: its optimizer knows none."""
         resumed = trainer.state.fn == "fit" and bool(checkpoint.get("optimizer_states")) and experts_of(pl_module)
         if resumed and self.state_key not in checkpoint.get("callbacks", {}):
             raise UnsupportedSetup(
                 "The checkpoint is of a training without ExpertsWeightAveraging, which cannot go on with experts. "
                 "Begin a training from its weights instead: load them into the module, and give no ckpt_path."
             )
+        if trainer.state.fn == "fit":
+            expert_files.restore_experts(pl_module, checkpoint, self.layers)
 
     def _check_loaded(self) -> None:
         if self._loaded is None:
@@ -320,9 +279,15 @@ class ExpertsWeightAveraging(Callback):
         self._steps_done = self._loaded["steps"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the plain model."""
-        expert_files.note(checkpoint, list(experts_of(pl_module)), self.num_experts)
-        expert_files.add_dense(checkpoint)
+        """Say where experts are; when all is gathered, the plain model is put first (:class:`.PlainFirst`)."""
+        expert_files.note(checkpoint, pl_module)
+
+
+def _trained(experts: nn.ModuleList) -> Sequence[nn.Module]:
+    """What is averaged: what is trained. Rounding would move the rest, which has to stay."""
+    if all(parameter.requires_grad for parameter in experts.parameters()):
+        return experts
+    return [nn.ParameterList(p for p in expert.parameters() if p.requires_grad) for expert in experts]
 
 
 def _routed(module: LightningModule) -> dict[str, TopKMoE]:

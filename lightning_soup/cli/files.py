@@ -1,5 +1,6 @@
 """Commands that need files only. They import torch and nothing heavier, so that they answer at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather
 from lightning_soup.recipes import recook as cook_again
 from lightning_soup.recipes.interpolated import for_recipe
 from lightning_soup.weights import open_checkpoint
+from lightning_soup.weights.formats import EXPERTS_KEY
 from lightning_soup.weights.save import check_output
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 500  # characters of one value
+_LISTED = 5  # names under one entry
 
 
 def soup(
@@ -104,11 +107,32 @@ def _summary(opened: "WeightsFile") -> Table:
         "digest": opened.digest(),
         **{key: str(value) for key, value in opened.metadata.items() if isinstance(value, (int, float))},
         "hyperparameters": ", ".join(f"{k}={_short(v)}" for k, v in opened.mapping_beside("hyper_parameters").items()),
-        "not opened": ", ".join(opened.dropped),
+        "experts": _experts(opened),
+        "not opened": ", ".join(_grouped(opened.dropped)),
     }.items():
         if value:
             table.add_row(f"[bold]{plain(name)}", plain(value))
     return table
+
+
+def _experts(opened: "WeightsFile") -> str:
+    """How many experts the training had, and whether the file holds them."""
+    record = opened.mapping_beside(EXPERTS_KEY)
+    if not record:
+        return ""
+    count, layers = record.get("num_experts"), record.get("layers")
+    held = "kept for resuming (which='raw' opens them)" if opened.mapping_beside("callbacks") else "while training"
+    number = len(layers) if isinstance(layers, list) else "?"
+    return f"{count} in each of {number} layers, {held}; described here is the plain model"
+
+
+def _grouped(names: Sequence[str]) -> list[str]:
+    """Names for reading: where many stand under one entry, only how many."""
+    under: dict[str, list[str]] = {}
+    for name in names:
+        under.setdefault(name.partition(".")[0], []).append(name)
+    parts = ([f"{entry} ({len(found)} entries)"] if len(found) > _LISTED else found for entry, found in under.items())
+    return [name for part in parts for name in part]
 
 
 def _short(value: object) -> str:

@@ -14,7 +14,7 @@ from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.robustness import Classes, check_classes, project, project_targets
 from lightning_soup.layers.moe import RandomUniformMoE
 from lightning_soup.modules.optimization import parameter_groups, warmup_cosine, warmup_steps
-from lightning_soup.weights.formats import DENSE_KEY
+from lightning_soup.weights.formats import EXPERTS_KEY
 
 __all__ = ["Batch", "ClassificationModule"]
 
@@ -43,19 +43,17 @@ class ClassificationModule(LightningModule, ABC):
         """The module whose parameters are optimized; it may name those without decay (``no_weight_decay()``)."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load the plain model of a file with experts (:class:`.ExpertsWeightAveraging`), unless this one has experts.
+        """Load the plain model, also of a file with experts (:class:`.ExpertsWeightAveraging`).
 
         Raises:
             UnsupportedSetup: A training is resumed from such a file without the callback.
         """
-        if DENSE_KEY not in checkpoint or any(isinstance(part, RandomUniformMoE) for part in self.modules()):
-            return
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fitting and EXPERTS_KEY in checkpoint and not any(isinstance(p, RandomUniformMoE) for p in self.modules()):
             raise UnsupportedSetup(
                 "The checkpoint is of a training with ExpertsWeightAveraging. Add the callback to the Trainer, with "
                 "the same options, to resume; or begin a training from its plain model, with checkpoint_path."
             )
-        checkpoint["state_dict"] = checkpoint[DENSE_KEY]
 
     # ------------------------------------------------------------------------------------------------------- training
 

@@ -19,8 +19,11 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _RAW_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "net")
 WEIGHT_KEYS = _RAW_KEYS + _AVERAGE_KEYS
-DENSE_KEY = "dense_state_dict"
-"""Where a checkpoint of a model with experts holds the plain model."""
+LIVE_KEY = "current_model_state"
+"""Where a checkpoint holds what is being trained, if under ``state_dict`` it holds something else: an average of it, or
+the plain model of one with experts. It is where Lightning's averaging callbacks put it."""
+EXPERTS_KEY = "lightning_soup_experts"
+"""Where a checkpoint says which layers have experts in training, and how many."""
 
 
 def open_file(path: Path, which: str) -> WeightsFile:
@@ -85,10 +88,8 @@ def find_weights(content: Any, path: Path, which: str) -> WeightsFile:
     if which not in ("average", "raw"):
         return _named_average(content, path, which)
     keys = (_RAW_KEYS + _AVERAGE_KEYS) if which == "raw" or lightning else (_AVERAGE_KEYS + _RAW_KEYS)
-    if lightning and which == "raw":  # Lightning's averaging callbacks put the average under state_dict
-        keys = ("current_model_state", *keys)
-    elif lightning:
-        keys = (DENSE_KEY, *keys)
+    if lightning and which == "raw":
+        keys = (LIVE_KEY, *keys)
     for key in keys:
         if _is_weights(content.get(key)):
             beside = {name: value for name, value in content.items() if name != key}
@@ -107,7 +108,10 @@ def find_weights(content: Any, path: Path, which: str) -> WeightsFile:
 
 
 def _named_average(content: Mapping[str, Any], path: Path, which: str) -> WeightsFile:
-    """One of the live averages that a Lightning checkpoint holds; what it left out is as in the live weights."""
+    """One of the live averages that a Lightning checkpoint holds; what it left out is as in the live weights.
+
+    Where those have experts, the average is that of the plain model, as is ``state_dict``.
+    """
     callbacks = content.get("callbacks")
     states = [state for state in callbacks.values() if isinstance(state, dict)] if isinstance(callbacks, dict) else []
     averages = {s["name"]: s["average"] for s in states if _is_weights(s.get("average")) and "name" in s}
@@ -117,12 +121,12 @@ def _named_average(content: Mapping[str, Any], path: Path, which: str) -> Weight
             f"{path}: holds no live average {which!r} (of those it holds {held}). Expected which='average', 'raw' or "
             "the name of one of them."
         )
-    key = "current_model_state" if _is_weights(content.get("current_model_state")) else "state_dict"
-    live = content.get(key)
-    if not _is_weights(live):
+    key = LIVE_KEY if _is_weights(content.get(LIVE_KEY)) else "state_dict"
+    live, plain = content.get(key), content.get("state_dict")
+    if not _is_weights(live) or not _is_weights(plain):
         raise UnreadableCheckpoint(f"{path}: holds the average {which!r} but not the weights around it.")
-    names = clean_names([name for name in live if isinstance(name, str)], str(path))
-    merged = {name: averages[which].get(names.get(name), value) for name, value in live.items()}
+    names = clean_names([name for name in plain if isinstance(name, str)], str(path))
+    merged = {name: averages[which].get(names.get(name), live.get(name, value)) for name, value in plain.items()}
     beside = {name: value for name, value in content.items() if name != key}
     return weights_of(merged, path, "lightning", key=key, beside=beside)
 

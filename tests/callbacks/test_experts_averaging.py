@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import warnings
 
@@ -203,8 +204,9 @@ def test_a_schedule_of_ones_own():
     asked = []
     fit(ExpertsWeightAveraging(schedule=lambda step, total: asked.append((step, total)) or 0.1))
     assert asked == [(step, STEPS) for step in range(STEPS)]
-    with pytest.raises(UnsupportedSetup, match=r"share_rate=0\.9"):
-        fit(ExpertsWeightAveraging(schedule=lambda step, total: 0.9))
+    for rate, message in [(0.9, r"share_rate=0\.9"), (None, "share_rate=None"), (math.nan, "share_rate=nan")]:
+        with pytest.raises(UnsupportedSetup, match=message):
+            fit(ExpertsWeightAveraging(schedule=lambda step, total, rate=rate: rate))
 
 
 def test_independent_experts_without_averaging_end_apart_and_that_is_said():
@@ -279,11 +281,14 @@ def test_weights_only_files_hold_the_plain_model(tmp_path):
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in plain.state_dict().items())
 
 
-def test_a_file_with_experts_without_the_callback_is_an_error_that_names_them(tmp_path):
+def test_training_cannot_go_on_without_the_callback_and_that_is_said(tmp_path):
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}")
     fit([ExpertsWeightAveraging(), keep], enable_checkpointing=True)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.2\.mlp\.experts\.0"):
-        fit([], epochs=4, ckpt_path=keep.best_model_path)
+    with (
+        pytest.warns(UserWarning, match="without this callback training cannot go on, for the optimizer's state"),
+        pytest.raises(ValueError, match="a parameter group that doesn't match the size of optimizer's group"),
+    ):
+        fit([keep], epochs=4, enable_checkpointing=True, ckpt_path=keep.best_model_path)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
@@ -308,15 +313,20 @@ def test_the_classifiers_of_the_package_load_the_plain_model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 3}, r"net\.2\.mlp has 3 experts, but the weights are of 4"),
-        ({"layers": "last_2"}, r"Unexpected key.*net\.2\.mlp\.experts"),
+        ({"num_experts": 3}, r"net\.2\.mlp has 3 experts, but those of the checkpoint are 4"),
+        ({"layers": "last_2"}, r"has experts at net\.2\.mlp, net\.4\.mlp, but layers='last_2' puts them at net\.3"),
     ],
 )
 def test_resuming_with_other_experts_is_refused(options, message, tmp_path):
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}")
     fit([ExpertsWeightAveraging(), keep], enable_checkpointing=True)
-    with pytest.raises((UnsupportedSetup, RuntimeError), match=message):
-        fit(ExpertsWeightAveraging(**options), epochs=4, ckpt_path=keep.best_model_path)
+    with pytest.raises(UnsupportedSetup, match=message):
+        fit(
+            [ExpertsWeightAveraging(**options), keep],
+            epochs=4,
+            enable_checkpointing=True,
+            ckpt_path=keep.best_model_path,
+        )
 
 
 def test_plain_weights_are_given_to_all_experts():
@@ -412,13 +422,11 @@ def test_a_callback_is_used_again_and_goes_through_pickle():
     assert list(module.state_dict()) == KEYS
 
 
-def test_a_fit_that_failed_goes_on_with_its_experts():
+def test_experts_made_by_hand_are_those_that_are_trained():
     module = TinyTransformer()
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit([ExpertsWeightAveraging(), CutAt(7)], module=module)
-    assert experts_of(module)
+    use_experts(module, layers="all")
     with pytest.warns(UserWarning, match="the model has experts already and goes on with them, so layers, init"):
-        fit(ExpertsWeightAveraging(), module=module)
+        fit([ExpertsWeightAveraging(), CutAt(99)], module=module)
     assert list(module.state_dict()) == KEYS
 
 
@@ -453,6 +461,16 @@ def test_yaml_round_trip(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"num_experts": 1}, "num_experts=1"),
+        ({"num_experts": 4.5}, "num_experts=4.5: expected a whole number"),
+        ({"num_experts": "4"}, "num_experts='4'"),
+        ({"num_experts": True}, "num_experts=True"),
+        ({"share_rate": "0.3"}, "share_rate='0.3': expected a number"),
+        ({"share_rate": True}, "share_rate=True"),
+        ({"share_rate": float("nan")}, "share_rate=nan"),
+        ({"stop_at": True}, r"\(stop_at\)=True: expected a whole number of optimizer steps"),
+        ({"stop_at": 0}, "stop_at=0: expected more than 0"),
+        ({"stop_at": 0.0}, "stop_at=0.0: expected more than 0"),
+        ({"target": [3]}, r"target=\[3\]: expected a list of patterns"),
         ({"share_rate": 0.8}, r"share_rate=0.8: expected 0 ≤ β"),
         ({"share_rate": -0.1}, "share_rate=-0.1"),
         ({"schedule": "cosine"}, "schedule='cosine'"),

@@ -1,11 +1,13 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from lightning_soup.callbacks import ExpertsWeightAveraging
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.conversion import experts_of
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_experts_averaging import KEYS, fit
 from tests.helpers.averages import loaders
@@ -30,7 +32,6 @@ def test_any_module_is_tested_on_the_plain_model_of_a_file(strict, tmp_path):
     nn.init.zeros_(module.net[2].mlp[0].weight)
     trainer.validate(module, loaders()[1], ckpt_path="best", verbose=False)
     assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
-    assert not module._load_state_dict_pre_hooks
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -49,7 +50,7 @@ def test_files_of_wrapped_models_hold_the_plain_model(wrapped, tmp_path):
     keys = list(module.state_dict())
     keep = ModelCheckpoint(dirpath=tmp_path, filename="last")
     fit([ExpertsWeightAveraging(), keep], module=module, enable_checkpointing=True)
-    dense = torch.load(keep.best_model_path, weights_only=True)["dense_state_dict"]
+    dense = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
     assert list(dense) == keys == list(module.state_dict())
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in dense.items())
     assert not any("experts" in name for name in open_checkpoint(keep.best_model_path))
@@ -88,12 +89,6 @@ def test_zscl(tmp_path):
     assert list(module.state_dict()) == keys
 
 
-def test_frozen_networks_are_not_drawn_anew():
-    module = tiny_clip(train="image", head="trained")
-    with pytest.raises(UnsupportedSetup, match=r"frozen weights of model\.transformer"):
-        fit_clip(module, callbacks=[ExpertsWeightAveraging(layers="all", init="independent")])
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_averages_of_lightning_are_refused(first):
     both = [ExpertsWeightAveraging(), EMAWeightAveraging()]
@@ -104,3 +99,77 @@ def test_averages_of_lightning_are_refused(first):
 def test_target_is_a_list():
     with pytest.raises(UnsupportedSetup, match=r"expected a list of patterns: \['net"):
         ExpertsWeightAveraging(target="net.*.mlp")
+
+
+# --------------------------------------------------------------------------------------------------------------- frozen
+
+
+class Freeze(BaseFinetuning):
+    """Freezes the blocks, and lets them train from the second epoch on."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[1:5])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[1:5], optimizer, lr=0.01)
+
+
+class Trainable(TinyTransformer):
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def test_networks_that_are_frozen_after_the_callback_have_experts_for_when_they_are_unfrozen():
+    spreads = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            spreads.append(trainer.callbacks[0].spread)
+
+    _, module = fit(
+        [ExpertsWeightAveraging(3, share_rate=0.6, schedule="constant"), Freeze(), Look()], module=Trainable()
+    )
+    assert spreads[0] == 0
+    assert spreads[1] > 0
+    assert list(module.state_dict()) == KEYS
+
+
+def test_networks_that_are_frozen_before_the_callback_stay_plain(caplog):
+    module = Trainable()
+    module.net[1:3].requires_grad_(False)
+    before = {name: value.clone() for name, value in module.net[2].state_dict().items()}
+    with caplog.at_level("INFO"):
+        _, module = fit(ExpertsWeightAveraging(layers="all"), module=module)
+    assert "frozen networks stay plain, also if they are unfrozen later: net.1.mlp, net.2.mlp" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in module.net[2].state_dict().items())
+    with pytest.raises(UnsupportedSetup, match="all of these feed-forward networks are frozen"):
+        fit([Freeze(), ExpertsWeightAveraging()], module=Trainable())
+
+
+def test_the_frozen_tower_of_a_clip_model_stays_plain():
+    module, places = tiny_clip(train="image", head="trained"), []
+
+    class Look(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            places.extend(experts_of(pl_module))
+
+    fit_clip(module, callbacks=[ExpertsWeightAveraging(layers="all", init="independent"), Look()])
+    assert places == ["model.visual.transformer.resblocks.0.mlp"]
+
+
+def test_what_is_frozen_in_experts_does_not_move_by_a_bit():
+    module = TinyTransformer()
+    for block in module.net[1:5]:
+        block.mlp[0].requires_grad_(False)
+    before = module.net[2].mlp[0].weight.clone()
+    found = []
+
+    class Look(Callback):
+        def on_train_end(self, trainer, pl_module):
+            found.extend(expert[0].weight.clone() for expert in pl_module.net[2].mlp.experts)
+
+    callback = ExpertsWeightAveraging(7, share_rate=0.8, schedule="constant")
+    fit([callback, Look()], module=module)
+    assert all(torch.equal(weight, before) for weight in found)
+    assert torch.equal(module.net[2].mlp[0].weight, before)
