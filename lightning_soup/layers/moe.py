@@ -21,6 +21,10 @@ class RandomUniformMoE(nn.Module):
     one network. In evaluation there is one network, whose parameters are the mean of the experts' (gradients flow to
     all of them): what the converted model will do, deterministically.
 
+    Experts run one after another. One batched product for all of them was not faster at any size on a CPU, and slower
+    for few tokens, since it has to stack in each pass the weights that experts own (``tests/benchmarks/experts.py``
+    shows both); on a GPU it was not measured.
+
     The permutation is drawn from torch's global generator, so activation checkpointing draws it again alike, and ranks
     differ.
 

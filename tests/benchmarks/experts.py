@@ -4,6 +4,9 @@
 
 At the size of ViT-S (384, 1536), four experts, one thread, CPU time. All run in turn in each round; a ratio is the
 median of the ratios within the rounds. The averaging step is that of six layers, more than the caches hold.
+
+One batched product instead of a loop over experts is shown for comparison: it took 1.01 × the plain network for 3152
+tokens where the layer took 0.96 ×, and 2.27 × for 197 where the layer took 1.26 ×.
 """
 
 import argparse
@@ -91,6 +94,38 @@ class Everywhere(Masked):
         return sum(parts[1:], parts[0])
 
 
+class Batched(nn.Module):
+    """One batched product for all experts. They own their weights, as averaging and conversion need: stacked anew.
+
+    Parts of unequal length are padded with the last tokens again.
+
+    Args:
+        experts: As made by :func:`_mlp`.
+        stacked: Stack the weights once, which is what the products alone cost.
+    """
+
+    def __init__(self, experts: nn.ModuleList, stacked: bool) -> None:
+        super().__init__()
+        self.experts = experts
+        self.once = [nn.Parameter(weights.detach()) for weights in self.stack()] if stacked else None
+
+    def stack(self) -> list[Tensor]:
+        layers = [[getattr(expert, name) for expert in self.experts] for name in ("fc1", "fc2")]
+        return [torch.stack([getattr(m, kind) for m in row]) for row in layers for kind in ("weight", "bias")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, first_bias, second, second_bias = self.once or self.stack()
+        count, tokens = len(self.experts), x[0]
+        order = torch.randperm(len(tokens))
+        length = -(-len(tokens) // count)
+        padded = torch.cat([order, order[len(tokens) - count * length :]]) if len(tokens) % count else order
+        parts = tokens.index_select(0, padded).view(count, length, -1)
+        hidden = nn.functional.gelu(torch.baddbmm(first_bias.unsqueeze(1), parts, first.mT))
+        done = torch.baddbmm(second_bias.unsqueeze(1), hidden, second.mT).flatten(0, 1)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return done.index_select(0, back).unsqueeze(0)
+
+
 def _layers(tokens: int) -> dict[str, Work]:
     x = torch.randn(1, tokens, WIDTH, requires_grad=True)
     moe = RandomUniformMoE.from_dense(_mlp(), EXPERTS)
@@ -101,6 +136,8 @@ def _layers(tokens: int) -> dict[str, Work]:
     return {
         "plain network": both(_mlp()),
         "RandomUniformMoE": both(moe),
+        "one batched product": both(Batched(copy.deepcopy(moe.experts), stacked=False)),
+        "the same, its weights stacked once": both(Batched(copy.deepcopy(moe.experts), stacked=True)),
         "a mask for each expert": both(Masked(copy.deepcopy(moe.experts))),
         "every expert on every token": both(Everywhere(copy.deepcopy(moe.experts))),
     }
