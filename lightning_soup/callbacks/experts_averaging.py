@@ -170,10 +170,14 @@ class ExpertsWeightAveraging(Callback):
         self._total = planned_time(trainer)
         if trainer.fast_dev_run:
             self._total = float(trainer.fast_dev_run)
+        if self._loaded is None and len(trainer.optimizers) == 1:
+            self._steps_done = trainer.global_step  # a Trainer that goes on counts on, as its epochs do
         if self.schedule == "linear" and self._total is None:
+            by_hand = not pl_module.automatic_optimization
             raise UnsupportedSetup(
-                "schedule='linear' needs to know how long training is, but it is endless, or optimized by hand. Set "
-                "max_steps or max_epochs, or schedule='constant'."
+                "schedule='linear' needs to know how many steps training has, but "
+                + ("optimization is by hand" if by_hand else "it is endless. Set max_steps or max_epochs")
+                + ". Or give schedule='constant', or a function of the step."
             )
 
     # ------------------------------------------------------------------------------------------------ during training

@@ -175,12 +175,6 @@ def test_several_averages_outlive_the_conversion(tmp_path):
         torch.testing.assert_close(value, before["slow"][key], rtol=0, atol=1e-6)
 
 
-def test_an_average_without_a_sample_leaves_the_plain_model_alone():
-    with pytest.warns(UserWarning, match="before start=0.99|fewer than every"):
-        _, module = fit([ExpertsWeightAveraging(), ExponentialAverage(0.8, every=100)])
-    assert list(module.state_dict()) == KEYS
-
-
 def test_an_average_is_added_when_training_goes_on(tmp_path):
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}")
     fit([ExpertsWeightAveraging(), keep], enable_checkpointing=True)

@@ -502,6 +502,12 @@ class Two(TinyTransformer):
         return torch.optim.SGD(first, 0.1), torch.optim.SGD([p for n, p in names.items() if "experts.0" not in n], 0.1)
 
 
+class ByHand(TinyTransformer):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
 class Late(TinyTransformer):
     """Builds its model in configure_model, with experts or without."""
 
@@ -529,7 +535,13 @@ class Late(TinyTransformer):
             r"net\.2\.mlp\.experts\.1.* that no optimizer owns",
         ),
         (ExpertsWeightAveraging(schedule="constant"), Two, {}, "spread over several optimizers"),
-        (ExpertsWeightAveraging(), TinyTransformer, {"epochs": -1}, "schedule='linear' needs to know how long"),
+        (ExpertsWeightAveraging(), TinyTransformer, {"epochs": -1}, r"needs to know .* endless\. Set max_steps or"),
+        (
+            ExpertsWeightAveraging(),
+            ByHand,
+            {},
+            r"needs to know .* optimization is by hand\. Or give schedule='constant'",
+        ),
         (ExpertsWeightAveraging(), Late, {}, r"has no experts.*configure_model, call .*use_experts\(self"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -12,6 +12,7 @@ from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_experts_averaging import KEYS, fit
 from tests.helpers.averages import loaders
 from tests.helpers.clip import RowData, fit_clip, tiny_clip
+from tests.helpers.trainers import quiet_trainer
 from tests.helpers.transformer import Block, TinyTransformer
 from tests.helpers.zscl import tiny_zscl, write_teacher
 
@@ -99,6 +100,35 @@ def test_averages_of_lightning_are_refused(first):
 def test_target_is_a_list():
     with pytest.raises(UnsupportedSetup, match=r"expected a list of patterns: \['net"):
         ExpertsWeightAveraging(target="net.*.mlp")
+
+
+def test_a_trainer_that_goes_on_counts_on():
+    rates = []
+
+    class Ramp(ExpertsWeightAveraging):
+        def share_rate_at(self, step):
+            rates.append((step, super().share_rate_at(step)))
+            return rates[-1][1]
+
+    module, trainer = TinyTransformer(), quiet_trainer(max_epochs=1, callbacks=[Ramp()])
+    trainer.fit(module, *loaders())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, *loaders())
+    assert [step for step, _ in rates] == list(range(12))
+    assert rates[5][1] == pytest.approx(0.3)  # of 6 steps, half was over
+    assert rates[6][1] == pytest.approx(0.3)  # of 12
+
+
+def test_hooks_on_networks_are_there_again_after_the_fit():
+    module, seen = TinyTransformer(), []
+    handle = module.net[2].mlp.register_forward_hook(lambda part, args, out: seen.append((part.training, len(out))))
+    fit(ExpertsWeightAveraging(), module=module, num_sanity_val_steps=0, max_steps=6)
+    assert seen == [(True, 16)] * 6 + [(False, 16)] * 3 + [(False, 12)]
+    module.net(torch.randn(5, 8))
+    assert seen[-1] == (True, 5)
+    handle.remove()
+    module.net(torch.randn(5, 8))
+    assert len(seen) == 11
 
 
 # --------------------------------------------------------------------------------------------------------------- frozen
