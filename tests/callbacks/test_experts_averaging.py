@@ -145,8 +145,8 @@ def test_validation_is_on_the_mean_network_and_draws_nothing():
 
 @pytest.mark.parametrize("middle", [False, True], ids=["end of epoch", "middle of epoch"])
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("extra", [[], [lambda: WeightEnsemble(every=4)]], ids=["alone", "with an average"])
-def test_resume_is_bit_exact(middle, extra, tmp_path):
+@pytest.mark.parametrize("place", [None, 0, 1], ids=["alone", "before an average", "after an average"])
+def test_resume_is_bit_exact(middle, place, tmp_path):
     data = [DataLoader(ConcatDataset([Subset(TinyData().train, range(16))] * 6), 16), loaders()[1]] if middle else None
     options = {"epochs": 4, "max_steps": 21 if middle else -1, "data": data, "enable_checkpointing": True}
     file = "step=8.ckpt" if middle else "step=12.ckpt"
@@ -154,7 +154,9 @@ def test_resume_is_bit_exact(middle, extra, tmp_path):
     def callbacks(cut):
         every = {"every_n_train_steps": 8} if middle else {"every_n_epochs": 1}
         keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{step}", **every)
-        return [ExpertsWeightAveraging(), *(make() for make in extra), Seeded(), CutAt(cut), keep]
+        averages = [] if place is None else [WeightEnsemble(every=4)]
+        averages.insert(place or 0, ExpertsWeightAveraging())
+        return [*averages, Seeded(), CutAt(cut), keep]
 
     _, whole = fit(callbacks(0), **options)
     with pytest.raises(RuntimeError, match="power cut"):

@@ -193,13 +193,16 @@ def test_what_is_frozen_in_experts_does_not_move_by_a_bit():
     for block in module.net[1:5]:
         block.mlp[0].requires_grad_(False)
     before = module.net[2].mlp[0].weight.clone()
-    found = []
+    found, moved = [], []
 
     class Look(Callback):
         def on_train_end(self, trainer, pl_module):
             found.extend(expert[0].weight.clone() for expert in pl_module.net[2].mlp.experts)
+            moved.extend(expert[2].weight.clone() for expert in pl_module.net[2].mlp.experts)
 
-    callback = ExpertsWeightAveraging(7, share_rate=0.8, schedule="constant")
+    callback = ExpertsWeightAveraging(7, share_rate=6 / 7, schedule="constant")  # at each step all become their mean
     fit([callback, Look()], module=module)
+    for weight in moved[1:]:
+        torch.testing.assert_close(weight, moved[0], rtol=0, atol=1e-7)
     assert all(torch.equal(weight, before) for weight in found)
     assert torch.equal(module.net[2].mlp[0].weight, before)
