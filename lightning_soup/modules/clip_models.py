@@ -128,6 +128,8 @@ def build_clip(config: Mapping[str, Any], model_name: str | None = None, pretrai
         raise UnsupportedSetup(
             f"open_clip could not build this architecture: {str(error).rstrip('.')}. Given: {json.dumps(config)}"
         ) from error
+    if kind is open_clip.CoCa:  # which leaves this one as the memory was, NaN perhaps, and no soup takes that
+        nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.text_projection.shape[0] ** -0.5)
     _check_towers(model, config)
     return model
 

@@ -139,6 +139,13 @@ def test_towers_that_give_no_features(config, fault):
         tiny_clip(model_config=config)
 
 
+def test_no_weight_of_coca_is_left_as_the_memory_was(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    decoder = tiny_clip(model_config=COCA).model.text_decoder
+    assert decoder.text_projection.isfinite().all()
+
+
 def test_coca_is_a_classifier_whose_decoder_rests():
     model = tiny_clip(model_config=COCA).eval()
     before = state(model)
