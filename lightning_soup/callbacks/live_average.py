@@ -52,7 +52,7 @@ class LiveAverage(Callback):
         buffers: ``"copy"`` leaves buffers as they are live. ``"average"`` averages those that are floating-point and
             finite. ``"recalibrate"`` estimates BatchNorm statistics anew for the average before each validation, in
             passes without gradients over training batches, which go through ``validation_step``.
-        recalibrate_batches: Training batches for that.
+        recalibrate_batches: Training batches for that, of each rank where there are several.
         evaluate_on: Where the module holds the average: of ``validate``, ``test`` and ``predict``. With several
             averages in one Trainer, at most one may have any. A test of a file (``ckpt_path``) is one of what the file
             holds under ``state_dict``: the average if ``validate`` is among these.

@@ -1,16 +1,17 @@
 """BatchNorm statistics of an average: estimated anew in passes of our own, without touching weights or training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from torchmetrics import Metric
 
 from lightning_soup.errors import UnsupportedSetup
@@ -34,16 +35,18 @@ class Statistics:
         """Put the statistics of the average into the module, whose weights are the average already.
 
         Args:
-            trainer: The Trainer, in ``fit``. Under DDP every rank must take part.
+            trainer: The Trainer, in ``fit``. With several ranks all must take part: each goes over its share of the
+                data, and all end with the mean.
             module: The module.
-            batches: Training batches to estimate from; 0: those of the last estimate, where there was one.
+            batches: Training batches of each rank to estimate from; 0: those of the last estimate, where there was one.
         """
         own = _statistics(module)
         self._live = [(buffer, buffer.clone()) for buffer in own.values()]
         if batches:
             with isolate_rng(), _metrics_untouched(module):
                 loops = OwnLoops(module, trainer.datamodule, trainer.strategy.root_device, trainer.precision_plugin)
-                loops.recalibrate(islice(_training_batches(trainer), batches))
+                with closing(_training_batches(trainer)) as given:
+                    loops.recalibrate(islice(given, batches))
             for buffer in own.values():
                 if trainer.world_size > 1 and buffer.is_floating_point():
                     buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
@@ -93,9 +96,12 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _training_batches(trainer: Trainer) -> Iterator[Any]:
-    """Training batches from a loader of our own: the one in use must not lose its place."""
+def _training_batches(trainer: Trainer) -> Generator[Any, None, None]:
+    """Training batches from a loader of our own, each rank its share: the one in use must not lose its place."""
     loader = listed(trainer.fit_loop._data_source.dataloader())[0]
+    if trainer.world_size > 1 and isinstance(loader, DataLoader):
+        shuffled = not isinstance(loader.sampler, SequentialSampler)
+        loader = trainer._data_connector._prepare_dataloader(loader, shuffle=shuffled, mode=RunningStage.TRAINING)
     if isinstance(loader, DataLoader) and loader.persistent_workers and loader.batch_sampler is not None:
         # Asking a loader with persistent workers for an iterator starts the one in use again.
         loader = DataLoader(
@@ -105,7 +111,24 @@ def _training_batches(trainer: Trainer) -> Iterator[Any]:
             num_workers=loader.num_workers,
             worker_init_fn=loader.worker_init_fn,
         )
-    return iter(loader)
+    with _own_randomness(loader):
+        yield from loader
+
+
+@contextmanager
+def _own_randomness(loader: Any) -> Iterator[None]:
+    """Give the generators that a user made for a loader their states back: they decide the order of training."""
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    holders = [loader, *samplers, getattr(samplers[1], "sampler", None)]
+    found = {
+        id(own): own for holder in holders if isinstance(own := getattr(holder, "generator", None), torch.Generator)
+    }
+    states = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 @contextmanager
