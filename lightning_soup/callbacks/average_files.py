@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_soup.callbacks.averaged_tensors import Group, Slot
+from lightning_soup.callbacks.averaged_tensors import Group, Slot, shard_like
 from lightning_soup.callbacks.expert_files import add_dense
 from lightning_soup.callbacks.shadow import new_shadow
 from lightning_soup.callbacks.weights_only import WeightsOnlyFiles
@@ -166,7 +166,7 @@ class Loaded:
         with torch.no_grad():
             for name, value in own.items():
                 if name in self.live:
-                    _shard_like(self.live[name], value, copy=True)
+                    shard_like(self.live[name], value, copy=True)
                 elif module.strict_loading:
                     raise IncompatibleIngredients(f"the checkpoint's live weights lack {name!r}.")
 
@@ -214,7 +214,7 @@ class Loaded:
                 "checkpoint. Resume with the model that wrote it, or start anew without ckpt_path."
             )
         target = new_shadow(live, device)
-        target.copy_(_shard_like(value, slot.tensor))
+        target.copy_(shard_like(value, slot.tensor))
         return target
 
 
@@ -245,17 +245,6 @@ def load(rule: "LiveAverage", checkpoint: Mapping[str, Any]) -> Loaded | None:
 
 def _ours(checkpoint: Mapping[str, Any]) -> bool:
     return any(str(key).startswith("LiveAverage ") for key in checkpoint.get("callbacks", {}))
-
-
-def _shard_like(whole: Tensor, like: Tensor, copy: bool = False) -> Tensor:
-    """The part of a full tensor that this rank holds; with ``copy``, written there. No communication."""
-    if isinstance(like, DTensor):
-        whole = whole.to(like.to_local().device)
-        part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-        like = like.to_local()
-    else:
-        part = whole
-    return like.copy_(part) if copy else part
 
 
 # ------------------------------------------------------------------------------------------------ files of weights only

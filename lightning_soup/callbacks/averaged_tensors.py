@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchmetrics import Metric
@@ -121,7 +121,8 @@ class Group:
         """Average more tensors, which had their present values at all samples before, or those of a checkpoint."""
         for slot in slots:
             if self.absorbed:
-                self.shadow.grow(slot.local, samples.get(slot.name, ()))
+                known = [shard_like(value, slot.tensor) for value in samples.get(slot.name, ())]
+                self.shadow.grow(slot.local, known)
             self.slots.append(slot)
 
     def prune(self, masks: Masks) -> None:
@@ -300,6 +301,17 @@ def without_infinite(slots: Sequence[Slot], owner: str) -> tuple[list[Slot], lis
             )
         left.append(slot.name)
     return kept, left
+
+
+def shard_like(whole: Tensor, like: Tensor, copy: bool = False) -> Tensor:
+    """The part of a full tensor that this rank holds; with ``copy``, written there. No communication."""
+    if isinstance(like, DTensor):
+        whole = whole.to(like.to_local().device)
+        part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        like = like.to_local()
+    else:
+        part = whole
+    return like.copy_(part) if copy else part
 
 
 def reshard(module: nn.Module) -> None:

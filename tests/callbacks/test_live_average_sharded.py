@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
-from lightning_soup.callbacks import ExponentialAverage, LatestAverage, WeightEnsemble
+from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, WeightEnsemble
 from lightning_soup.errors import UnsupportedSetup
-from tests.helpers.averages import ROWS, fit, loaders, values_of
+from tests.helpers.averages import ROWS, EveryWeight, Unfreeze, equal, fit, loaders, values_of
 from tests.helpers.boring import TinyClassifier
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -30,11 +30,19 @@ class Sharded(TinyClassifier):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-def _sharded_fit(average, distributed, **options):
+class FrozenSharded(Sharded):
+    """Its first layer is not trained at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+def _sharded_fit(average, distributed, module=Sharded, **options):
     strategy = ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed
     )
-    return fit(average, module=Sharded, devices=2, strategy=strategy, data=loaders(8), **options)
+    return fit(average, module=module, devices=2, strategy=strategy, data=loaders(8), **options)
 
 
 def _difference(a, b):
@@ -76,6 +84,41 @@ def test_l05_t02_sharded_averages_are_exact_and_resume_exactly(tmp_path):
     # A full file is read like any other.
     content = torch.load(tmp_path / "zscl-False" / "epoch=1.ckpt", weights_only=True)
     assert set(content["current_model_state"]) == set(content["state_dict"])
+
+
+def _unfreeze(folder):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    found = {}
+    for name, make in UNFREEZING.items():
+        options = {"module": FrozenSharded, "enable_checkpointing": True}
+        keep = ModelCheckpoint(dirpath=f"{folder}/{name}", save_top_k=-1, filename="{epoch}")
+        _, module, _ = _sharded_fit([Unfreeze(), make(), first := EveryWeight(), keep], False, **options)
+        off = [_difference(equal({}, first.weights), values_of(module))]
+        # The layer is still frozen when a run is resumed, and then goes on with its samples out of the file. Weights of
+        # the two runs differ, because torch does not restore the optimizer's state of frozen shards.
+        for epoch in (0, 1):
+            path = f"{folder}/{name}/epoch={epoch}.ckpt"
+            again = [Unfreeze(), make(), second := EveryWeight(), ModelCheckpoint(dirpath=folder)]
+            _, module, _ = _sharded_fit(again, False, ckpt_path=path, **options)
+            steps = 6 * (epoch + 1)
+            taken = [*first.weights[:steps], *second.weights[steps - 18 :]]  # loading takes a step, only for the state
+            off.append(_difference(equal({}, taken), values_of(module)))
+        moved = float((first.weights[-1]["net.0.weight"] - first.weights[0]["net.0.weight"]).abs().max())
+        found[name] = {"off reference": off, "steps": len(first.weights), "moved": moved}
+    return found
+
+
+UNFREEZING = {"mean": lambda: EqualAverage(start=0, every=1), "ring": lambda: LatestAverage(18, every=1)}
+
+
+def test_a_sharded_layer_that_is_unfrozen_is_averaged_from_its_first_step_and_resumed(tmp_path):
+    first, second = run_on_two_ranks(_unfreeze, str(tmp_path))
+    assert first == second
+    for name, found in first.items():
+        assert found["steps"] == 18, name
+        assert found["moved"] > 0.01, name
+        assert max(found["off reference"]) < 1e-6, name
 
 
 def _refused(folder):

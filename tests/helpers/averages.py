@@ -29,11 +29,11 @@ class Trail(Callback):
         self.hook.remove()
 
 
-def values_of(module: torch.nn.Module) -> Weights:
-    """The trainable weights, whole, in float64. All ranks take part."""
+def values_of(module: torch.nn.Module, frozen: bool = False) -> Weights:
+    """The trainable weights (and the frozen ones, if asked for), whole, in float64. All ranks take part."""
     found = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or frozen:
             value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             found[name.replace("_orig_mod.", "")] = value.detach().double().clone()
     return found
@@ -62,7 +62,7 @@ class EveryWeight(Callback):
         self.weights: list[Weights] = []
 
         def keep(*_: Any) -> None:
-            self.weights.append({n: p.detach().double().clone() for n, p in pl_module.named_parameters()})
+            self.weights.append(values_of(pl_module, frozen=True))
 
         self.hook = trainer.optimizers[0].register_step_post_hook(keep)
 
