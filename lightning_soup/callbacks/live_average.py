@@ -64,7 +64,7 @@ class LiveAverage(Callback):
 
     Raises:
         UnsupportedSetup: Before training: an option has no meaning, nothing is left to average, ``start`` lies after
-            the end of training, or the strategy cannot be served.
+            the end of training, ``every`` is longer than what is left of it then, or the strategy cannot be served.
         NonFiniteWeights: In training: the weights became NaN.
     """
 
@@ -188,6 +188,8 @@ class LiveAverage(Callback):
             self._average.absorb_start()
         self._average.count_from(trainer)
         self.schedule.check(trainer)
+        if not self.samples:
+            self.schedule.check_period(trainer)
         planned = planned_time(trainer, self.schedule.every.unit)
         if planned is not None:
             whole = planned_time(trainer, self.schedule.start.unit)

@@ -3,9 +3,11 @@
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_soup.errors import UnsupportedSetup
 
@@ -140,24 +142,72 @@ class Schedule:
         if planned and until and self.stop.value / until <= self.start.value / planned + _EPSILON:
             raise UnsupportedSetup(f"{self.owner}(start={self.start}, stop={self.stop}): stop must come after start.")
 
+    def check_period(self, trainer: Trainer) -> None:
+        """Refuse a period that does not fit into what is left of the training after ``start``.
+
+        Raises:
+            UnsupportedSetup: ``every`` surely never passes.
+        """
+        unit, every = self.every.unit, self.every.value
+        planned, whole = planned_time(trainer, unit), planned_time(trainer, self.start.unit)
+        if self.first or planned is None:
+            return
+        end = min(planned, self.stop.value) if self.stop and self.stop.unit == unit else planned
+        exact = self.start.unit == unit or not self.start.value
+        begin = self.start.value if exact else self.start.value / whole * planned if whole else 0.0
+        if self.by_steps:  # counted from start; in other units it may fall between two steps
+            passes = math.ceil(end - begin - _EPSILON) + (not exact) >= every
+        else:
+            before = begin / every if exact else 0.0
+            passes = math.floor(end / every + _EPSILON) > math.floor(before + _EPSILON)
+        if not passes:
+            raise UnsupportedSetup(
+                f"{self.owner}(start={self.start}, every={self.every}): training ends before that has passed once, "
+                f"after {Time(planned, unit)}, so nothing would ever be averaged. Take samples more often, or train "
+                "longer."
+            )
+
 
 def planned_time(trainer: Trainer, unit: Unit = "steps") -> float | None:
-    """How long training will be in this unit, where that is known: in automatic optimization, and not endless."""
-    if trainer.fast_dev_run or not trainer.lightning_module.automatic_optimization:
+    """How long training will be at most in this unit; None where that is not known.
+
+    Steps are known in automatic optimization only: by hand, any number of them may be taken in a batch.
+    """
+    if trainer.fast_dev_run:
         return None
     if unit == "fraction":
         return 1.0
-    steps = trainer.estimated_stepping_batches
-    if not 0 <= steps < math.inf:
-        return None
-    if unit == "steps":
-        return float(steps)
-    batches = trainer.num_training_batches
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else None
-    by_steps = steps / per_epoch if per_epoch else math.inf
-    by_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-    least = min(by_steps, by_epochs)
-    return least if least < math.inf else None
+    if not trainer.lightning_module.automatic_optimization:
+        planned = math.inf if unit == "steps" else _limit(trainer.max_epochs)
+    else:
+        planned = _length(trainer)[unit == "epochs"]
+    return planned if planned < math.inf else None
+
+
+def _length(trainer: Trainer) -> tuple[float, float]:
+    """Steps and epochs of the training in automatic optimization, as Lightning's limits end it."""
+    most_steps, most_epochs, batches = (
+        _limit(trainer.max_steps),
+        _limit(trainer.max_epochs),
+        trainer.num_training_batches,
+    )
+    if batches == math.inf:
+        return most_steps, most_epochs
+    # Lightning's own estimate takes the present window of accumulation for all epochs.
+    changing = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    windows = changing[0] if changing else {0: trainer.accumulate_grad_batches}
+    steps = epochs = 0.0
+    for begin, end in pairwise([*sorted(windows), math.inf]):
+        per_epoch = max(math.ceil(batches / windows[begin]), 1)
+        span = max(min(end, most_epochs) - begin, 0)
+        if steps + span * per_epoch >= most_steps:
+            return most_steps, epochs + (most_steps - steps) / per_epoch
+        steps, epochs = steps + span * per_epoch, epochs + span
+    return steps, epochs
+
+
+def _limit(most: int | None) -> float:
+    return math.inf if most in (None, -1) else float(most)
 
 
 def _passed(trainer: Trainer, unit: Unit, step: int) -> float:
@@ -174,16 +224,27 @@ def _epochs(trainer: Trainer) -> float:
     batches: Any = trainer.num_training_batches
     if not batches or batches == math.inf:
         return trainer.current_epoch + float(trainer.is_last_batch)
-    done = trainer.fit_loop.epoch_loop.batch_idx + 1
+    progress = trainer.fit_loop.epoch_progress.current
+    begun = progress.started >= progress.ready  # else the index of the batch is still that of the epoch before
+    done = trainer.fit_loop.epoch_loop.batch_idx + 1 if begun else 0
     return trainer.current_epoch + min(done / batches, 1.0)
 
 
 def _fraction(trainer: Trainer, step: int) -> float | None:
     """The share of the training that is over; None where it has no end."""
     shares = []
-    if trainer.max_epochs not in (None, -1):
+    if _limit(trainer.max_epochs) < math.inf:
         shares.append(_epochs(trainer) / trainer.max_epochs)
-    if trainer.max_steps not in (None, -1):
-        # which counts the steps of all optimizers, and the present one only when its batch is over
-        shares.append(max(step, trainer.global_step) / trainer.max_steps)
+    if _limit(trainer.max_steps) < math.inf:
+        shares.append(max(step, _steps_of_all(trainer)) / trainer.max_steps)
     return max(shares) if shares else None
+
+
+def _steps_of_all(trainer: Trainer) -> int:
+    """What ``max_steps`` limits: the steps of all optimizers, with the one under way, which is counted after it."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        progress = loop.automatic_optimization.optim_progress.optimizer.step.current
+    else:
+        progress = loop.manual_optimization.optim_step_progress.current
+    return trainer.global_step + progress.ready - progress.completed

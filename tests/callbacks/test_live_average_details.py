@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -61,14 +62,72 @@ def test_averages_see_what_masks_have_done_whatever_the_order_of_callbacks(first
     assert not module.net[0].weight[0].any()
 
 
-def test_steps_outside_batches_are_none():
-    class Initialize(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.optimizers[0].step()
+def test_steps_that_are_taken_to_save_the_state_of_an_optimizer_are_none():
+    class Stateless(TinyClassifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    class Save(Callback):
+        stepped = 0
+
+        def save(self, trainer, pl_module, *_):
+            pl_module.zero_grad()
+            optimizer = trainer.optimizers[0]
+            hook = optimizer.register_step_post_hook(self.count)
+            get_optimizer_state_dict(pl_module, optimizer)
+            hook.remove()
+
+        def count(self, *_):
+            self.stepped += 1
+
+        on_train_batch_end = on_train_epoch_start = on_train_epoch_end = save
+
+    average, save = EqualAverage(start=0, every=1), Save()
+    fit([average, save], module=Stateless)
+    assert save.stepped == 18 + 3 + 3
+    assert average.samples == 18
+
+
+class InHook(TinyClassifier):
+    """Optimized by hand, with steps in a hook."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.automatic_optimization = False
+        setattr(self, hook, self.take_step)
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+
+    def take_step(self, *_):
+        self.optimizers().step()
+        self.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("hook", "steps"),
+    [("on_train_batch_start", 18), ("on_train_batch_end", 18), ("on_train_epoch_end", 3)],
+)
+def test_steps_in_other_hooks_than_training_step_are_samples(hook, steps):
+    class Primed(InHook):
+        def on_train_start(self):
+            self.training_step(TinyData().train[:16], 0)  # gradients for a step before the first batch
 
     average = EqualAverage(start=0, every=1)
-    fit([average, Initialize()])
-    assert average.samples == 18
+    with pytest.warns(UserWarning, match="step counter stood still"):
+        _, module, trail = fit(average, module=lambda: Primed(hook))
+    assert average.samples == steps
+    assert_close(module, equal({}, trail[1:]))
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
+def test_the_time_of_a_step_between_epochs_is_known(hook):
+    # At the start of epoch 1 one epoch is over, at its end two.
+    average = EqualAverage(start="1 epochs", every=1)
+    with pytest.warns(UserWarning, match="step counter stood still"):
+        _, module, trail = fit(average, module=lambda: InHook(hook))
+    first = 3 if hook.endswith("start") else 2
+    assert_close(module, equal({}, trail[first:]))
 
 
 def test_optimizers_that_are_made_anew_are_followed():
@@ -108,6 +167,42 @@ def test_epochs_of_unknown_length_end_with_their_last_batch():
     data = [DataLoader(Stream(), 16), loaders()[1]]
     _, module, trail = fit(EqualAverage(start="1 epochs"), data=data)
     assert_close(module, equal(trail[0], [trail[12], trail[18]]))
+
+
+@pytest.mark.parametrize(("start", "batches"), [(0.5, 5), (0.25, 3), (0.0, 0)])
+def test_a_fraction_of_max_steps_is_of_the_steps_of_all_optimizers(start, batches):
+    class After(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weights.append(values_of(pl_module))
+
+    # 20 steps are 10 of each optimizer. Half of them is over after the 5th of each; of the 3rd ones, the first
+    # optimizer's is the 5th of all, which is where a quarter is over, and the 6th of all.
+    _, module, _ = fit([EqualAverage(start=start, every=1), after := After()], module=TwoOptimizers, max_steps=20)
+    assert len(after.weights) == 10
+    expected = equal({}, after.weights[batches:])
+    if start == 0.25:
+        second = equal({}, after.weights[2:])
+        expected |= {name: value for name, value in second.items() if name.startswith("net.3.")}
+    assert_close(module, expected)
+
+
+def test_windows_of_accumulation_that_change_count_in_the_length_of_training():
+    # 6 steps in the first epoch, 1 in each of the others.
+    options = {"epochs": 3, "callbacks": [GradientAccumulationScheduler({0: 1, 1: 6})]}
+    with pytest.raises(UnsupportedSetup, match="training ends before that, after 8 steps"):
+        fit(ExponentialAverage(0.5, start=8), **options)
+    with pytest.raises(UnsupportedSetup, match=r"start=1.5 epochs\): training ends before that, after 1.5 epochs"):
+        fit(
+            ExponentialAverage(0.5, start="1.5 epochs"),
+            callbacks=[GradientAccumulationScheduler({0: 2, 1: 3})],
+            max_steps=4,
+        )
+    average = EqualAverage(start=7, every=1)
+    fit(average, **options)
+    assert average.samples == 1
 
 
 def test_start_in_epochs_after_max_steps_is_refused():

@@ -76,9 +76,13 @@ class BatchNormed(TinyClassifier):
 
 
 def test_l01_without_any_update_the_module_keeps_its_weights_and_the_reason_is_said():
+    class StopEarly(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 2
+
     average = EqualAverage(start="2 epochs", every=9)
     with pytest.warns(UserWarning, match="6 steps after start were fewer than every=9 steps"):
-        _, module, trail = fit(average)
+        _, module, trail = fit([average, StopEarly()], epochs=4)
     assert same(values_of(module), trail[-1])
 
 
