@@ -113,6 +113,8 @@ class LiveAverage(Callback):
             raise UnsupportedSetup(f"{owner}(device={device!r}): expected 'cpu', 'cuda' or the like. {error}") from None
         self.score_live = score_live
         self._average: AverageOfModule | None = None
+        self._earlier: AverageOfModule | None = None  # of a fit before, until this one trains
+        self._trained = False
         self._loaded: average_files.Loaded | None = None
 
     # ------------------------------------------------------------------------------------------------------ the rule
@@ -147,12 +149,12 @@ class LiveAverage(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
-        return {**self.__dict__, "_average": None, "_loaded": None}
+        return {**self.__dict__, "_average": None, "_earlier": None, "_loaded": None}
 
     # ------------------------------------------------------------------------------------------------ before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit, and refuse what cannot work."""
+        """Forget an earlier fit, unless nothing is left to train, and refuse what cannot work."""
         if stage != "fit":
             return
         why = "it keeps parameters in flattened or hidden shards"
@@ -160,7 +162,8 @@ class LiveAverage(Callback):
         if self._average is not None:  # after an exception there was no teardown
             self._average.close()
         take_off(trainer, self)
-        self._average = self._loaded = None
+        self._earlier, self._average, self._loaded = self._average, None, None
+        self._trained = False
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LiveAverage)]
         for what, claiming in (
             ("evaluate_on=[]", [average.name for average in averages if average.evaluate_on]),
@@ -184,6 +187,7 @@ class LiveAverage(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The length of training is known now, and every strategy has loaded what it resumes from."""
+        self._trained, self._earlier = True, None
         if self.needs_start:
             self._average.absorb_start()
         self._average.count_from(trainer)
@@ -272,6 +276,7 @@ class LiveAverage(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Checkpoint callbacks may save now: the module gets its live weights back first."""
         self._exit()
+        self._keep_earlier(pl_module)
 
     def _enter(self, trainer: Trainer, module: LightningModule, stage: Stage, check: bool = True) -> None:
         average = self._average
@@ -280,7 +285,10 @@ class LiveAverage(Callback):
         if average.left or (trainer.sanity_checking and not average.restored):
             return
         if trainer.state.fn != "fit" and average.changed:
-            rank_zero_warn(f"{self.name}: the module was changed after its fit, so the average is not used any more.")
+            if trainer.ckpt_path is None:  # else Lightning did, and the weights of the file are what is asked for
+                rank_zero_warn(
+                    f"{self.name}: the module was changed after its fit, so the average is not used any more."
+                )
             self._average = None
             return
         average.place(trainer, statistics=trainer.state.fn == "fit", check=check)
@@ -309,6 +317,23 @@ class LiveAverage(Callback):
             average.share_buffers(trainer)
             average.place(trainer, statistics=True)
         average.leave()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where nothing was left to train, end as the fit before did."""
+        if self._trained:
+            return
+        self._keep_earlier(pl_module)
+        if self._average.restored and self.samples:
+            if self.leave == "average":
+                self._average.place(trainer)
+            self._average.leave()
+
+    def _keep_earlier(self, module: LightningModule) -> None:
+        """An average that was made of the module before is still its, unless a file brought another one."""
+        if self._earlier is not None and self._earlier.is_of(module) and not self.samples:
+            if self._average is not None:
+                self._average.close()
+            self._average, self._earlier = self._earlier, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the optimizers go. The average stays with its module, for files and tests after the fit."""

@@ -90,7 +90,7 @@ class ModelSoup(Callback):
         self._epochs: list[str] = []
         self._start: str | None = None
         self._earlier: set[str] = set()
-        self._watched = WatchedMetric()
+        self._watched, self._trained = WatchedMetric(), False
 
     @property
     def state_key(self) -> str:
@@ -134,20 +134,14 @@ class ModelSoup(Callback):
     # --------------------------------------------------------------------------------------------- while training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier fit, unless this one goes on with it; keep the start where the recipe needs it."""
-        self.soup, self.soup_path, self._earlier = None, None, set()
-        self._watched = WatchedMetric()
+        """See that the soup can be written, and that the files are there from which a resumed fit goes on."""
+        self._watched, self._trained = WatchedMetric(), False
         if trainer.fast_dev_run:
             return
         check_writable_on_rank_zero(trainer, self._folder(trainer) / self.filename)
         if trainer.ckpt_path is None:
-            self._epochs, self._start = [], None
-            kept = checkpoint_callback(trainer)
-            self._earlier = set(kept.best_k_models) if kept else set()
-            if isinstance(self.recipe, InterpolatedSoup):
-                self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
-                trainer.save_checkpoint(self._start, weights_only=True)
-        elif isinstance(self.recipe, InterpolatedSoup) and not (self._start and os.path.exists(self._start)):
+            return
+        if isinstance(self.recipe, InterpolatedSoup) and not (self._start and os.path.exists(self._start)):
             raise UnsupportedSetup(
                 "ModelSoup(InterpolatedSoup()) needs the weights before the first step, but "
                 f"{trainer.ckpt_path} names no file with them that is still there. Resume a fit that had this "
@@ -159,9 +153,19 @@ class ModelSoup(Callback):
             self._epochs = [path for path in self._epochs if path not in gone]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to recalibrate on training data that may have no end."""
-        if self.recalibrate and not trainer.fast_dev_run:
+        """Forget an earlier fit, unless this one goes on with it; keep the start where the recipe needs it."""
+        self._trained, self.soup, self.soup_path, self._earlier = True, None, None, set()
+        if trainer.fast_dev_run:
+            return
+        if self.recalibrate:
             check_training_ends(trainer, pl_module)
+        if trainer.ckpt_path is None:
+            self._epochs, self._start = [], None
+            kept = checkpoint_callback(trainer)
+            self._earlier = set(kept.best_k_models) if kept else set()
+            if isinstance(self.recipe, InterpolatedSoup):
+                self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
+                trainer.save_checkpoint(self._start, weights_only=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say at the first validation, not after the training, that the metric is not logged."""
@@ -191,8 +195,8 @@ class ModelSoup(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cook, save, score and log the soup. Runs on every rank."""
-        if trainer.fast_dev_run:
-            return
+        if trainer.fast_dev_run or not (self._trained or trainer.ckpt_path):
+            return  # nothing was left to train: the soup of the fit before is still that of the module
         metric, mode = self._metric(trainer)
         ingredients = self._ingredients(trainer, metric)
         if len(ingredients) < 2:

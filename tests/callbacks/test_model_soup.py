@@ -392,6 +392,31 @@ def test_a_second_fit_with_the_same_callbacks_does_not_take_files_of_the_first(t
     assert len(soup.soup.ingredients) == 3
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: ModelSoup(), lambda: ModelSoup(last=2), lambda: ModelSoup(InterpolatedSoup(alpha=0.0), last=2)],
+    ids=["kept", "last", "with the start"],
+)
+def test_a_second_fit_with_nothing_left_to_train_keeps_the_soup(tmp_path, make):
+    soup = make()
+    trainer, module, _ = fit(tmp_path, soup)
+    cooked, path, before = soup.soup, soup.soup_path, copy.deepcopy(module.state_dict())
+    files = {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()}
+    trainer.fit(module, datamodule=TinyData())
+    assert (soup.soup, soup.soup_path) == (cooked, path)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()} == files
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_fit_that_is_resumed_at_its_end_has_its_soup(tmp_path):
+    first, soup = ModelSoup(last=2), ModelSoup(last=2)
+    _, _, kept = fit(tmp_path, first, checkpoint=ModelCheckpoint(tmp_path / "kept", save_last=True))
+    again = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, soup, checkpoint=again, ckpt_path=kept.last_model_path)
+    assert [str(item.source) for item in soup.soup.ingredients] == [str(item.source) for item in first.soup.ingredients]
+
+
 def test_a_module_with_extra_state(tmp_path):
     class Counting(TinyClassifier):
         def get_extra_state(self):
