@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_soup.callbacks.averaged_tensors import Group, Slot, shard_like
+from lightning_soup.callbacks.averaged_tensors import Group, Slot
 from lightning_soup.callbacks.expert_files import add_dense
 from lightning_soup.callbacks.shadow import new_shadow
 from lightning_soup.callbacks.weights_only import WeightsOnlyFiles
@@ -149,11 +149,13 @@ class Loaded:
         live: The live weights, or None where ``state_dict`` holds them.
         groups: Counters and tensors of each group.
         average: The state dict of the average: for its BatchNorm statistics.
+        theirs: Whether it is of Lightning's averaging callbacks, which average frozen parameters, too.
     """
 
     live: Mapping[str, Tensor] | None
     groups: list[dict[str, Any]]
     average: Mapping[str, Tensor]
+    theirs: bool = False
 
     def restore_live(self, module: LightningModule) -> None:
         """Give the module the live weights; ``state_dict``, which it was given, may hold the average."""
@@ -181,11 +183,11 @@ class Loaded:
         saved = set(means) | {name for group in rings for name in group["samples"][0]}
         counters = {group["optimizer"]: group for group in self.groups}
         missing: list[str] = []
+        if not self.theirs:
+            average.adopt(
+                {name: g["optimizer"] for g in self.groups for name in (g.get("samples") or [g.get("mean", {})])[0]}
+            )
         known = {slot.name for group in average.groups for slot in group.slots}
-        for group in self.groups:
-            for sample in group.get("samples") or [group.get("mean", {})]:
-                for name in sample.keys() - known:
-                    average.waiting.setdefault(name, []).append(sample[name])
         for group in average.groups:
             if not self.groups:
                 continue
@@ -239,12 +241,23 @@ def load(rule: "LiveAverage", checkpoint: Mapping[str, Any]) -> Loaded | None:
         steps = int(checkpoint.get("global_step", samples))
         counters = {"steps": steps, "since": steps, "ticks": 0, "fresh": False, "optimizer": 0}
         counters |= {"absorbed": samples + rule.needs_start, "concentration": 1 / max(samples, 1)}
-        return Loaded(live, [{**counters, "mean": mean}] if samples else [], average)
+        return Loaded(live, [{**counters, "mean": mean}] if samples else [], average, theirs=True)
     return Loaded(live, [], average)
 
 
 def _ours(checkpoint: Mapping[str, Any]) -> bool:
     return any(str(key).startswith("LiveAverage ") for key in checkpoint.get("callbacks", {}))
+
+
+def shard_like(whole: Tensor, like: Tensor, copy: bool = False) -> Tensor:
+    """The part of a full tensor that this rank holds; with ``copy``, written there. No communication."""
+    if isinstance(like, DTensor):
+        whole = whole.to(like.to_local().device)
+        part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        like = like.to_local()
+    else:
+        part = whole
+    return like.copy_(part) if copy else part
 
 
 # ------------------------------------------------------------------------------------------------ files of weights only

@@ -41,7 +41,6 @@ class AverageOfModule:
         left: Whether it was left there for good.
         finished: Whether the fit has ended, so that nothing but the user changes the module.
         restored: Whether it came from a checkpoint.
-        waiting: Samples that a checkpoint holds of parameters that are frozen now, until they are unfrozen.
     """
 
     def __init__(self, rule: "LiveAverage", trainer: Trainer, module: LightningModule) -> None:
@@ -49,7 +48,6 @@ class AverageOfModule:
         self.placed = self.left = self.restored = False
         self._reported: set[tuple[str, str]] = set()
         self._infinite: set[str] = set()
-        self.waiting: dict[str, list[Tensor]] = {}
         self._statistics = Statistics()
         self._exchange = not is_captured(module, trainer.strategy.root_device)
         owner = type(rule).__name__
@@ -93,9 +91,6 @@ class AverageOfModule:
         """Make what is pruned zero in the average, as it is in the weights."""
         for group in self.groups:
             group.prune(masks)
-        for name, samples in self.waiting.items():
-            for sample in samples:
-                masks.apply_({name: sample})
 
     def count_from(self, trainer: Trainer) -> None:
         """Training that goes on without a file's average counts on, as its epochs do."""
@@ -153,11 +148,26 @@ class AverageOfModule:
         new, infinite = without_infinite(found, type(rule).__name__)
         self._leave_live(infinite)
         for optimizer, slots in by_optimizer(new, trainer.optimizers).items():
-            group = next((group for group in self.groups if group.optimizer == optimizer), None)
-            if group is None:
-                self.groups.append(group := Group(optimizer, [], rule.new_shadow()))
-            group.grow(slots, self.waiting)
+            self._group_of(optimizer).grow(slots)
         self.report("trainable since now, and averaged from here on", [slot.name for slot in new])
+
+    def adopt(self, saved: Mapping[str, int]) -> None:
+        """Average frozen parameters that a checkpoint has samples of: they were trained before, and may be again.
+
+        Args:
+            saved: By name, the optimizer that moved a tensor.
+        """
+        rule = self.rule
+        known = {slot.name for group in self.groups for slot in group.slots}
+        for slot in trainable(self.module(), rule.include, rule.exclude, frozen=True):
+            if slot.name in saved and slot.name not in known:
+                self._group_of(saved[slot.name]).slots.append(slot)
+
+    def _group_of(self, optimizer: int) -> Group:
+        group = next((group for group in self.groups if group.optimizer == optimizer), None)
+        if group is None:
+            self.groups.append(group := Group(optimizer, [], self.rule.new_shadow()))
+        return group
 
     # ---------------------------------------------------------------------------------------------- into the module
 

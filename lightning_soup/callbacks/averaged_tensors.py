@@ -1,7 +1,7 @@
 """Which tensors of a module are averaged, and how their averages get into the module and out again."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchmetrics import Metric
@@ -117,12 +117,11 @@ class Group:
                 for slot in self.slots
             ]
 
-    def grow(self, slots: Sequence[Slot], samples: Mapping[str, Sequence[Tensor]]) -> None:
-        """Average more tensors, which had their present values at all samples before, or those of a checkpoint."""
+    def grow(self, slots: Sequence[Slot]) -> None:
+        """Average more tensors, which had their present values at all samples before."""
         for slot in slots:
             if self.absorbed:
-                known = [shard_like(value, slot.tensor) for value in samples.get(slot.name, ())]
-                self.shadow.grow(slot.local, known)
+                self.shadow.grow(slot.local)
             self.slots.append(slot)
 
     def prune(self, masks: Masks) -> None:
@@ -220,7 +219,8 @@ def select(
     """
     slots = trainable(module)
     if buffers:
-        floats = {n: b for n, b in saved_buffers(module).items() if b.is_floating_point() and b.isfinite().all()}
+        found = {n: b for n, b in saved_buffers(module).items() if b.is_floating_point()}
+        floats = {n: b for n, b in found.items() if nn.parameter.is_lazy(b) or b.isfinite().all()}
         slots += [_slot(module, n, n.replace("_orig_mod.", ""), b, True) for n, b in floats.items()]
     frozen = [name.replace("_orig_mod.", "") for name, p in module.named_parameters() if not p.requires_grad]
     names = [*(slot.name for slot in slots), *frozen]
@@ -239,7 +239,7 @@ def select(
             + " Build parameters in __init__ or configure_model, and set requires_grad before fit."
         )
     for slot in kept:
-        if nn.parameter.is_lazy(slot.found_in(module)):
+        if nn.parameter.is_lazy(slot.found_in(module)):  # a parameter or a buffer
             raise UnsupportedSetup(f"{owner}: {slot.name} has no shape yet (a lazy module). Run one batch through it.")
         if is_traceable_wrapper_subclass(slot.tensor) and not isinstance(slot.tensor, DTensor):
             raise UnsupportedSetup(
@@ -249,11 +249,12 @@ def select(
     return kept
 
 
-def trainable(module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Slot]:
-    """The floating-point parameters with ``requires_grad`` that the patterns admit; tied ones once."""
-    found = [
-        (n, p) for n, p in module.named_parameters() if p.requires_grad and (p.is_floating_point() or p.is_complex())
-    ]
+def trainable(
+    module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), frozen: bool = False
+) -> list[Slot]:
+    """The floating-point parameters with ``requires_grad`` that the patterns admit; tied ones once; or frozen ones."""
+    numbers = [(n, p) for n, p in module.named_parameters() if p.is_floating_point() or p.is_complex()]
+    found = [(name, parameter) for name, parameter in numbers if parameter.requires_grad != frozen]
     names = clean_names([name for name, _ in found], type(module).__name__)
     slots = [_slot(module, raw, names[raw], tensor, False) for raw, tensor in found]
     return [slot for slot in slots if _admitted(slot.name, include, exclude)]
@@ -301,17 +302,6 @@ def without_infinite(slots: Sequence[Slot], owner: str) -> tuple[list[Slot], lis
             )
         left.append(slot.name)
     return kept, left
-
-
-def shard_like(whole: Tensor, like: Tensor, copy: bool = False) -> Tensor:
-    """The part of a full tensor that this rank holds; with ``copy``, written there. No communication."""
-    if isinstance(like, DTensor):
-        whole = whole.to(like.to_local().device)
-        part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-        like = like.to_local()
-    else:
-        part = whole
-    return like.copy_(part) if copy else part
 
 
 def reshard(module: nn.Module) -> None:

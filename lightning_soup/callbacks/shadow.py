@@ -31,8 +31,8 @@ class Shadow(ABC):
         """Take a sample of the live tensors; ``share`` is its weight in a running mean."""
 
     @abstractmethod
-    def grow(self, live: Tensor, samples: Sequence[Tensor] = ()) -> None:
-        """Average one tensor more, as if it had always had this value, or had these in what :meth:`state` gave."""
+    def grow(self, live: Tensor) -> None:
+        """Average one tensor more, as if it had always had this value."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -73,13 +73,9 @@ class RunningMean(Shadow):
     def settle(self) -> None:
         """A running mean is current at all times."""
 
-    def grow(self, live: Tensor, samples: Sequence[Tensor] = ()) -> None:
+    def grow(self, live: Tensor) -> None:
         """Start the new average at the present value."""
-        self.tensors.append(self._begun(live, samples, 0))
-
-    def _begun(self, live: Tensor, samples: Sequence[Tensor], number: int) -> Tensor:
-        begun = new_shadow(live, self.device_of(live))
-        return begun.copy_(samples[number]) if number < len(samples) else begun
+        self.tensors.append(new_shadow(live, self.device_of(live)))
 
     def state(self) -> list[list[Tensor]]:
         """The mean itself."""
@@ -110,10 +106,10 @@ class LatestMean(RunningMean):
             self.samples.append([new_shadow(tensor, self.device_of(tensor)) for tensor in live])
         self._stale, self.window = True, len(self.samples)
 
-    def grow(self, live: Tensor, samples: Sequence[Tensor] = ()) -> None:
+    def grow(self, live: Tensor) -> None:
         """The new tensor had this value in every sample."""
-        for number, sample in enumerate(self.samples):
-            sample.append(self._begun(live, samples, number))
+        for sample in self.samples:
+            sample.append(new_shadow(live, self.device_of(live)))
         self._stale = True
         self.tensors = []
 
@@ -127,7 +123,8 @@ class LatestMean(RunningMean):
         if not self._stale or not self.samples:
             return
         if not self.tensors:
-            self.tensors = [torch.empty_like(tensor) for tensor in self.samples[0]]
+            with torch.inference_mode(False):  # where a file is written in inference mode; see Group.place
+                self.tensors = [torch.empty_like(tensor) for tensor in self.samples[0]]
         with one_thread(self.tensors):
             torch._foreach_copy_(self.tensors, self.samples[0])
             for count, sample in enumerate(self.samples[1:], start=2):

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 
 from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, WeightEnsemble
@@ -205,18 +205,48 @@ def test_a_layer_that_a_later_callback_unfreezes_is_averaged_from_its_first_step
     assert_close(module, {n: sum(w[n] for w in everything.weights) / 18 for n in everything.weights[0]})
 
 
-@pytest.mark.filterwarnings("ignore:.*but not averaged now")
+@pytest.mark.filterwarnings("ignore:.*trainable since now", "ignore:Checkpoint directory")
 @pytest.mark.parametrize("make", [lambda: EqualAverage(start=0, every=1), lambda: LatestAverage(20, every=1)])
 def test_resume_is_bit_exact_where_a_layer_is_still_frozen_when_it_begins(make, tmp_path):
     def run(**options):
         keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
         options |= {"callbacks": [keep], "enable_checkpointing": True, "module": FrozenFirst, "epochs": 4}
-        with pytest.warns(UserWarning, match="trainable since now"):
-            return fit([Unfreeze(), make()], **options)[1].state_dict()
+        return fit([Unfreeze(), make()], **options)[1].state_dict()
 
     whole, resumed = run(), run(ckpt_path=tmp_path / "epoch=1.ckpt")
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+class WithBackbone(TinyClassifier):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(8, 8)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((self.backbone(batch[0]), batch[1]), batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore:.*trainable since now", "ignore:Checkpoint directory")
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_what_is_frozen_again_where_a_run_is_resumed_keeps_its_samples(epoch, tmp_path):
+    """Lightning's BackboneFinetuning does not thaw the backbone again that it had thawed before the file."""
+
+    def run(**options):
+        keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        tune = BackboneFinetuning(1, lambda epoch: 1.0, backbone_initial_ratio_lr=1.0, initial_denom_lr=1.0)
+        given = [tune, EqualAverage(start=0, every=1), everything := EveryWeight()]
+        options |= {"callbacks": [keep], "enable_checkpointing": True, "module": WithBackbone}
+        _, module, _ = fit(given, **options)
+        return module, everything.weights
+
+    module, before = run()
+    assert_close(values_of(module, frozen=True), equal({}, before))
+    module, after = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    assert_close(values_of(module, frozen=True), equal({}, [*before[: 6 * (epoch + 1)], *after]))
 
 
 def test_frozen_tensors_may_be_left_out():
@@ -231,6 +261,17 @@ def test_lazy_layers_are_named():
 
     with pytest.raises(UnsupportedSetup, match=r"net\.0\.weight has no shape yet"):
         fit(ExponentialAverage(0.7), module=Lazy)
+
+
+def test_lazy_buffers_are_named_where_they_are_averaged():
+    class Lazy(TinyClassifier):
+        def __init__(self):
+            super().__init__()
+            self.net[1] = nn.LazyBatchNorm1d(affine=False)
+
+    with pytest.raises(UnsupportedSetup, match=r"net\.1\.running_mean has no shape yet"):
+        fit(ExponentialAverage(0.7, buffers="average"), module=Lazy)
+    fit(ExponentialAverage(0.7), module=Lazy)
 
 
 def test_complex_parameters_are_averaged():
