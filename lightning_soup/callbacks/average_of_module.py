@@ -10,16 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_soup.callbacks.averaged_tensors import (
-    Group,
-    by_optimizer,
-    is_captured,
-    reshard,
-    select,
-    trainable,
-    without_infinite,
-)
+from lightning_soup.callbacks.averaged_tensors import Group, is_captured, reshard
 from lightning_soup.callbacks.recalibration import Statistics
+from lightning_soup.callbacks.selected_tensors import by_optimizer, select, trainable, without_infinite
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.layers.masks import Masks
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_soup.callbacks import average_files
 from lightning_soup.callbacks.average_of_module import AverageOfModule
+from lightning_soup.callbacks.live_average_checks import STAGES, Stage, check_options, check_surroundings
 from lightning_soup.callbacks.recalibration import check_batch_norm
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.shadow import RunningMean, Shadow
@@ -19,9 +20,6 @@ from lightning_soup.callbacks.weights_only import take_off
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
 from lightning_soup.layers.masks import Masks
-
-Stage = Literal["validate", "test", "predict"]
-_STAGES: tuple[Stage, ...] = ("validate", "test", "predict")
 
 
 class LiveAverage(Callback):
@@ -81,28 +79,14 @@ class LiveAverage(Callback):
         exclude: Sequence[str] | None = None,
         buffers: Literal["copy", "average", "recalibrate"] = "copy",
         recalibrate_batches: int = 100,
-        evaluate_on: Sequence[Stage] = _STAGES,
+        evaluate_on: Sequence[Stage] = STAGES,
         leave: Literal["average", "live"] | None = None,
         device: str | None = None,
         score_live: bool = False,
     ) -> None:
         owner = type(self).__name__
         self.schedule = Schedule(start, stop, every, self.first_step_counts, owner)
-        if not name or any(character in name for character in "/\\'\""):
-            raise UnsupportedSetup(f"{owner}(name={name!r}): expected a name without slashes and quotes.")
-        if name in ("average", "raw"):
-            raise UnsupportedSetup(f"{owner}(name={name!r}): open_checkpoint gives this word a meaning of its own.")
-        if unknown := [stage for stage in evaluate_on if stage not in _STAGES]:
-            raise UnsupportedSetup(f"{owner}(evaluate_on={unknown}): expected some of {', '.join(_STAGES)}.")
-        if buffers not in ("copy", "average", "recalibrate"):
-            raise UnsupportedSetup(f"{owner}(buffers={buffers!r}): expected 'copy', 'average' or 'recalibrate'.")
-        if leave not in (None, "average", "live"):
-            raise UnsupportedSetup(f"{owner}(leave={leave!r}): expected 'average' or 'live'.")
-        if recalibrate_batches < 1:
-            raise UnsupportedSetup(f"{owner}(recalibrate_batches={recalibrate_batches}): expected 1 or more.")
-        for option, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise UnsupportedSetup(f"{owner}({option}={patterns!r}): expected a list of patterns: [{patterns!r}].")
+        check_options(owner, name, include, exclude, buffers, recalibrate_batches, evaluate_on, leave)
         self.name, self.buffers, self.recalibrate_batches = name, buffers, recalibrate_batches
         self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
         self.evaluate_on = tuple(evaluate_on)
@@ -165,15 +149,7 @@ class LiveAverage(Callback):
         self._earlier, self._average, self._loaded = self._average, None, None
         self._trained = False
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LiveAverage)]
-        for what, claiming in (
-            ("evaluate_on=[]", [average.name for average in averages if average.evaluate_on]),
-            ("leave='live'", [average.name for average in averages if average.leave == "average"]),
-        ):
-            if len(claiming) > 1:
-                raise UnsupportedSetup(
-                    f"the module can hold one average at a time, but {' and '.join(claiming)} ask for it. Give all but "
-                    f"one {what}; files hold each under its name all the same."
-                )
+        check_surroundings(trainer, self, averages)
         average_files.check_weights_only(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -276,6 +252,9 @@ class LiveAverage(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Checkpoint callbacks may save now: the module gets its live weights back first."""
         self._exit()
+        if self._trained and self._average is not None and not self._average.finished:
+            self._average.close()
+            self._average.leave()  # interrupted by hand, a notebook goes on with what there is
         self._keep_earlier(pl_module)
 
     def _enter(self, trainer: Trainer, module: LightningModule, stage: Stage, check: bool = True) -> None:

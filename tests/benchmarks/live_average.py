@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from lightning_soup.callbacks.averaged_tensors import Group, select
+from lightning_soup.callbacks.averaged_tensors import Group
+from lightning_soup.callbacks.selected_tensors import select
 from lightning_soup.callbacks.shadow import RunningMean
 
 Method = Callable[[], object]

@@ -6,8 +6,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_soup.callbacks import ExponentialAverage, LatestAverage, WeightEnsemble
-from tests.helpers.averages import assert_close, equal, exponential, fit, loaders, values_of, with_start
+from tests.helpers.averages import Trail, assert_close, equal, exponential, fit, loaders, values_of, with_start
 from tests.helpers.boring import TinyClassifier
+from tests.helpers.trainers import quiet_trainer
 
 MAKE = {
     "ema": (lambda **o: ExponentialAverage(0.7, **o), exponential(0.7, True)),
@@ -98,3 +99,47 @@ def test_a_file_is_tested_without_a_word_whatever_was_left_in_the_module(leave, 
     assert_close(module.tested, expected)
     trainer.test(module, loaders()[1], verbose=False)  # which goes by what the module was given
     assert_close(module.tested, expected)
+
+
+@both
+def test_a_fit_that_is_interrupted_by_hand_leaves_an_average_to_test_and_save(leave, tmp_path):
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 3):
+                raise KeyboardInterrupt
+
+    module, trail = WithTest(), Trail()
+    average = ExponentialAverage(0.7, leave=leave)
+    trainer = quiet_trainer(max_epochs=3, callbacks=[average, trail, Interrupt()])
+    with pytest.raises(SystemExit):
+        trainer.fit(module, *loaders())
+    assert len(trail.weights) == 10
+    expected = exponential(0.7, True)(trail.weights[0], trail.weights[1:])
+    trainer.test(module, loaders()[1], verbose=False)  # a warning would be an error
+    assert_close(module.tested, expected)
+    assert_holds(trainer, module, expected, trail.weights[-1], "live", tmp_path / "x.ckpt")
+    module.load_state_dict(WithTest().state_dict())  # as after any fit
+    with pytest.warns(UserWarning, match="changed after its fit"):
+        trainer.test(module, loaders()[1], verbose=False)
+    assert_close(module.tested, values_of(module), atol=0)
+
+
+def test_a_ring_is_formed_in_inference_mode_and_goes_on_in_training(tmp_path):
+    class Save(Callback):
+        @torch.inference_mode()
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    _, _, trail = fit([LatestAverage(4, every=1), Save()])
+    for step in (1, 2, 18):
+        content = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
+        assert_close(content["state_dict"], equal({}, trail[1 : step + 1][-4:]))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_an_average_that_ends_with_its_processes_is_said_before_training(strategy):
+    trainer = quiet_trainer(strategy=strategy, devices=2)
+    for average in (ExponentialAverage(0.7), ExponentialAverage(0.7, evaluate_on=["validate"], leave="live")):
+        average.setup(trainer, TinyClassifier(), "fit")  # a warning would be an error
+    with pytest.warns(UserWarning, match="average with them.*leave='average'"):
+        ExponentialAverage(0.7, leave="live").setup(trainer, TinyClassifier(), "fit")

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_soup.callbacks import EqualAverage, ExponentialAverage, LatestAverage, WeightEnsemble
 from lightning_soup.errors import UnsupportedSetup
@@ -251,6 +252,26 @@ def test_what_is_frozen_again_where_a_run_is_resumed_keeps_its_samples(epoch, tm
 
 def test_frozen_tensors_may_be_left_out():
     fit(ExponentialAverage(0.7, exclude=["net.0.*"]), module=FrozenFirst)
+
+
+@pytest.mark.parametrize("leave", ["average", "live"])
+def test_a_module_that_was_pruned_before_is_averaged_under_its_masks(leave):
+    class Pruned(TinyClassifier):
+        def __init__(self):
+            super().__init__()
+            prune.l1_unstructured(self.net[0], "weight", amount=0.5)
+
+        def validation_step(self, batch, batch_idx):
+            result = super().validation_step(batch, batch_idx)
+            self.scored = self.net[0].weight.clone()
+            return result
+
+    _, module, trail = fit(ExponentialAverage(0.7, leave=leave), module=Pruned)
+    mean = exponential(0.7, True)(trail[0], trail[1:])
+    mask = module.net[0].weight_mask
+    assert float(mask.mean()) == 0.5
+    torch.testing.assert_close(module.scored.double(), mean["net.0.weight_orig"] * mask, atol=1e-6, rtol=0)
+    assert_close(module, mean if leave == "average" else trail[-1])
 
 
 def test_lazy_layers_are_named():
