@@ -128,12 +128,13 @@ def test_a_ring_is_formed_in_inference_mode_and_goes_on_in_training(tmp_path):
     class Save(Callback):
         @torch.inference_mode()
         def on_train_batch_end(self, trainer, *_):
-            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+            if trainer.global_step % 5 == 1:
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
 
-    _, _, trail = fit([LatestAverage(4, every=1), Save()])
-    for step in (1, 2, 18):
+    _, _, trail = fit([LatestAverage(4, every=1), Save()], precision="bf16-true")
+    for step in (1, 6, 11, 16):
         content = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
-        assert_close(content["state_dict"], equal({}, trail[1 : step + 1][-4:]))
+        assert_close(content["state_dict"], equal({}, trail[1 : step + 1][-4:]), atol=2e-3)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
