@@ -14,6 +14,7 @@ from lightning_soup.callbacks.averaged_tensors import Group, is_captured, reshar
 from lightning_soup.callbacks.recalibration import Statistics
 from lightning_soup.callbacks.selected_tensors import by_optimizer, select, trainable, without_infinite
 from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ class AverageOfModule:
 
     def _after_step(self, optimizer: int) -> None:
         trainer, schedule = self.trainer(), self.rule.schedule
+        if self.placed:
+            raise UnsupportedSetup(
+                f"{self.rule.name}: an optimizer took a step in validation, while the module held the average, which "
+                "moved instead of the live weights. Step in a training hook, or in on_validation_end of the module."
+            )
         if self._counted != _count(trainer):
             self.refresh(trainer)
         for group in self.groups:
@@ -207,7 +213,8 @@ class AverageOfModule:
             self._remember()
 
     def leave(self) -> None:
-        """The module keeps what it holds now. From here on a change to it is noticed."""
+        """The module keeps what it holds now. From here on a change to it is noticed, and a step is no sample."""
+        self.close()
         self.left, self.finished = self.placed, True
         self._remember()
 

@@ -253,7 +253,6 @@ class LiveAverage(Callback):
         """Checkpoint callbacks may save now: the module gets its live weights back first."""
         self._exit()
         if self._trained and self._average is not None and not self._average.finished:
-            self._average.close()
             self._average.leave()  # interrupted by hand, a notebook goes on with what there is
         self._keep_earlier(pl_module)
 

@@ -72,9 +72,8 @@ def check_surroundings(trainer: Trainer, rule: "LiveAverage", averages: Sequence
             )
     if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):
         raise UnsupportedSetup(
-            f"{owner} does not work with ModelPruning, which exchanges parameters in training (weight "
-            "for weight_orig and a mask), so that there is nothing to average. Prune the module before fit, with "
-            "torch.nn.utils.prune: its masks stay as they are."
+            f"{owner} does not work with ModelPruning, which exchanges parameters in training (weight for weight_orig "
+            "and a mask), so that there is nothing to average. Use SparsityMask, or prune the module before fit."
         )
     ends = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
     if ends and rule.leave == "live" and {"test", "predict"} & set(rule.evaluate_on):

@@ -25,8 +25,8 @@ class OptimizerSteps:
     outer steps) are called first and those that *observe* them (averages, trails) afterwards. Within a phase the order
     is that of the callback list. A listener is called with the index of the optimizer in ``trainer.optimizers``.
 
-    Steps count wherever the module or a callback takes them in training: in ``training_step``, and in other hooks such
-    as ``on_train_batch_end`` or ``on_train_epoch_end``. Saving and loading sharded optimizer states takes one, too, but
+    Steps count wherever the module or a callback takes them in ``fit``: in ``training_step``, and in other hooks such
+    as ``on_train_batch_end`` or ``on_validation_end``. Saving and loading sharded optimizer states takes one, too, but
     with a learning rate of 0, only to have the state: it does not count.
 
     Listen in ``on_fit_start`` and stop in ``teardown``::
@@ -91,7 +91,7 @@ class OptimizerSteps:
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
         trainer = self._trainer()
-        if trainer is None or not trainer.training or not (_in_batch(trainer) or _moves(optimizer)):
+        if trainer is None or not _in_fit(trainer) or not (_in_batch(trainer) or _moves(optimizer)):
             return
         # A fused optimizer is stepped by the gradient scaler even where it found an overflow, and then does nothing.
         overflow = getattr(optimizer, "found_inf", None)
@@ -103,9 +103,13 @@ class OptimizerSteps:
                 listener(index)
 
 
+def _in_fit(trainer: Trainer) -> bool:
+    return trainer.training or (trainer.validating and trainer.state.fn == "fit")
+
+
 def _in_batch(trainer: Trainer) -> bool:
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    return progress.started > progress.processed
+    return trainer.training and progress.started > progress.processed
 
 
 def _moves(optimizer: Optimizer) -> bool:

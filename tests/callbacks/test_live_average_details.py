@@ -106,7 +106,7 @@ class InHook(TinyClassifier):
 
 @pytest.mark.parametrize(
     ("hook", "steps"),
-    [("on_train_batch_start", 18), ("on_train_batch_end", 18), ("on_train_epoch_end", 3)],
+    [("on_train_batch_start", 18), ("on_train_batch_end", 18), ("on_train_epoch_end", 3), ("on_validation_end", 3)],
 )
 def test_steps_in_other_hooks_than_training_step_are_samples(hook, steps):
     class Primed(InHook):
@@ -115,9 +115,32 @@ def test_steps_in_other_hooks_than_training_step_are_samples(hook, steps):
 
     average = EqualAverage(start=0, every=1)
     with pytest.warns(UserWarning, match="step counter stood still"):
-        _, module, trail = fit(average, module=lambda: Primed(hook))
+        _, module, trail = fit(average, module=lambda: Primed(hook), num_sanity_val_steps=0)
     assert average.samples == steps
     assert_close(module, equal({}, trail[1:]))
+
+
+def test_a_step_while_the_module_holds_the_average_is_an_error():
+    class Both(InHook):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.take_step()
+
+    with pytest.raises(UnsupportedSetup, match=r"ema: an optimizer took a step in validation.*Step in a"):
+        fit(ExponentialAverage(0.7), module=lambda: Both("on_validation_epoch_end"))
+
+
+@pytest.mark.parametrize("leave", ["average", "live"])
+def test_a_step_after_the_end_of_training_is_a_change_by_the_user(leave):
+    class Last(TinyClassifier):
+        def on_train_end(self):
+            self.before = values_of(self)
+            self.trainer.optimizers[0].step()
+
+    trainer, module, trail = fit(ExponentialAverage(0.7, leave=leave), module=Last)
+    average = exponential(0.7, True)(trail[0], trail[1:19])
+    assert_close(module.before, average if leave == "average" else trail[18])
+    assert trainer.callbacks[0].samples == 18
 
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])

@@ -77,7 +77,7 @@ def test_when_it_is_built(make, message):
         (EqualAverage(start=0.75, every=0.75), {}, r"every=0.75 of the training\): training ends"),
         (ExponentialAverage(start="3 epochs"), {"module": ByHand}, r"start=3 epochs\): training ends before that"),
         (LatestAverage(every="4 epochs"), {"module": ByHand}, r"every=4 epochs\): training ends"),
-        (ExponentialAverage(0.7), {"callbacks": [ModelPruning("l1_unstructured")]}, "ModelPruning.*before fit"),
+        (ExponentialAverage(0.7), {"callbacks": [ModelPruning("l1_unstructured")]}, "ModelPruning.*Use SparsityMask"),
         (EqualAverage(), {"epochs": -1}, "needs an end of training, but it is endless"),
         (ExponentialAverage(buffers="recalibrate"), {}, "BatchNorm"),
     ],
