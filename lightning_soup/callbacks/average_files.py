@@ -22,13 +22,13 @@ from lightning_soup.callbacks.expert_files import add_dense
 from lightning_soup.callbacks.shadow import new_shadow
 from lightning_soup.callbacks.weights_only import WeightsOnlyFiles
 from lightning_soup.errors import IncompatibleIngredients, UnsupportedSetup
+from lightning_soup.weights.formats import LIVE_KEY
 from lightning_soup.weights.weights_file import clean_names
 
 if TYPE_CHECKING:
     from lightning_soup.callbacks.average_of_module import AverageOfModule
     from lightning_soup.callbacks.live_average import LiveAverage
 
-LIVE_KEY = "current_model_state"
 _LIGHTNING_KEY = "averaging_state"  # of Lightning's averaging callbacks
 
 
@@ -52,7 +52,6 @@ def save(average: "AverageOfModule", trainer: Trainer, checkpoint: dict[str, Any
             held, other = checkpoint["state_dict"], _other_half(average, trainer)
             scored, live = (held, other) if average.placed else (other, held)
             checkpoint["state_dict"] = scored
-            add_dense(checkpoint)
             checkpoint[LIVE_KEY] = _whole_state(live, trainer)
             checkpoint[_LIGHTNING_KEY] = {"n_averaged": torch.tensor(average.samples)}
     checkpoint["callbacks"][rule.state_key] = {
@@ -82,7 +81,7 @@ def _other_half(average: "AverageOfModule", trainer: Trainer) -> dict[str, Any]:
         if average.placed:
             average.put_back()
         else:
-            average.place(trainer, briefly=True)
+            average.place(trainer, briefly=True, again=True)
             if was_left:
                 average.leave()
     return state

@@ -174,7 +174,14 @@ class AverageOfModule:
         """Whether the average was made from this module."""
         return self.module() is module
 
-    def place(self, trainer: Trainer, statistics: bool = False, briefly: bool = False, check: bool = True) -> None:
+    def place(
+        self,
+        trainer: Trainer,
+        statistics: bool = False,
+        briefly: bool = False,
+        check: bool = True,
+        again: bool = False,
+    ) -> None:
         """Put the average into the module, until :meth:`put_back`; nothing where it stands there already.
 
         Args:
@@ -182,6 +189,7 @@ class AverageOfModule:
             statistics: Estimate BatchNorm statistics anew, with ``buffers="recalibrate"``.
             briefly: Nothing is computed before it is put back.
             check: Look for NaN first.
+            again: Right after it was put back, as it stood there before.
         """
         if self.placed:
             return
@@ -190,7 +198,7 @@ class AverageOfModule:
         try:
             for group in self.ready:
                 group.follow(self.module())
-                group.place(self._exchange, briefly, check)
+                group.place(self._exchange, briefly, check, again)
                 placed.append(group)
             if self.rule.buffers == "recalibrate":
                 batches = self.rule.recalibrate_batches if statistics else 0

@@ -91,6 +91,7 @@ class Group:
     concentration: float = 0.0
     fresh: bool = False
     _copied: dict[int, Tensor] = field(default_factory=dict)
+    _were_copied: set[int] = field(default_factory=set)
     _placed: bool = False
 
     COUNTERS: ClassVar = ("steps", "since", "ticks", "absorbed", "concentration", "fresh")
@@ -125,7 +126,7 @@ class Group:
         self.shadow.edit(lambda sample: masks.apply_(dict(zip(names, sample, strict=False))))  # empty before the first
 
     @torch.no_grad()
-    def place(self, exchange: bool, briefly: bool = False, check: bool = True) -> None:
+    def place(self, exchange: bool, briefly: bool = False, check: bool = True, again: bool = False) -> None:
         """Put the average into the module.
 
         Storage is exchanged where that is safe, which takes microseconds and no memory; else values are copied and the
@@ -135,6 +136,8 @@ class Group:
             exchange: Whether storage may be exchanged at all.
             briefly: Nothing is computed before :meth:`put_back`, so others may hold the live storage.
             check: Look for NaN first, which takes a pass over the average.
+            again: Right after :meth:`put_back`: exchange and copy what was exchanged and copied before, since somebody
+                may hold either memory.
 
         Raises:
             NonFiniteWeights: The average has a NaN or an infinite value.
@@ -149,6 +152,8 @@ class Group:
             for number, (slot, average) in enumerate(zip(self.slots, averages, strict=True)):
                 tensor = slot.tensor
                 lone = alone[memory[number]] == 1 and (briefly or not _is_held(tensor))
+                if again:
+                    lone = number not in self._were_copied
                 if exchange and lone and _exchangeable(tensor, average):
                     averages[number], tensor.data = tensor.data, average
                 else:
@@ -169,6 +174,7 @@ class Group:
                     slot.local.copy_(self._copied[number])
                 else:
                     averages[number], slot.tensor.data = slot.tensor.data, averages[number]
+        self._were_copied = set(self._copied)
         self._copied, self._placed = {}, False
 
     @property

@@ -371,3 +371,27 @@ def test_live_scores_are_those_of_validation_alone():
     trainer, _, _ = fit([ExponentialAverage(0.7, score_live=True), Own()])
     live = {name for name in trainer.callback_metrics if "live_" in name}
     assert live == {"ema/live_val_acc", "ema/live_val_loss"}
+
+
+def test_a_file_written_while_others_hold_the_weights_has_both_halves(tmp_path):
+    class Hold(Callback):
+        """Refers to all weights, so that none is exchanged, and saves while the average stands in their place."""
+
+        def on_validation_start(self, trainer, pl_module):
+            self.kept = [parameter.detach() for parameter in pl_module.parameters()]
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+                self.average = values_of(pl_module)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.live = values_of(pl_module)
+
+    hold = Hold()
+    fit([hold, ExponentialAverage(0.8)], epochs=2)
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for name, value in hold.average.items():
+        assert torch.equal(content["state_dict"][name].double(), value)
+        assert torch.equal(content["current_model_state"][name].double(), hold.live[name])
+        assert not torch.equal(value, hold.live[name])
