@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_soup import ModuleEvaluator, SparseModelSoup, combine, open_checkpoint
-from lightning_soup.layers.masks import prunable
+from lightning_soup.layers.masks import Masks, prunable
 from lightning_soup.layers.pruning import prune_
+from lightning_soup.runs.figures_sparse import sparse_picture
 
 SPARSITY, CYCLES, DENSE, RETRAIN = 0.95, 3, 20, 10
 Scores = dict[str, float]
@@ -155,8 +156,8 @@ class Judge:
         return self.accuracy(self.logits(weights))
 
 
-def run(seed: int, copies: int, wrong: float) -> tuple[Scores, list[list[float]]]:
-    """All methods from one dense training; test accuracies, and those of soups and of IMP over the cycles."""
+def run(seed: int, copies: int, wrong: float) -> tuple[Scores, dict[str, list[float]], Masks]:
+    """All methods from one dense training: test accuracies, some over the cycles, and the masks of the soup."""
     data = Digits(seed, wrong)
     judge = Judge(data)
     with tempfile.TemporaryDirectory() as name:
@@ -170,23 +171,28 @@ def run(seed: int, copies: int, wrong: float) -> tuple[Scores, list[list[float]]
         alone = [judge.accuracy(member) for member in members]
         scores = {"soup": judge(opened("soup")), "mean": statistics.mean(alone), "best": max(alone)}
         scores["ensemble"] = judge.accuracy(torch.stack(members).softmax(-1).mean(0))
-        curves = [[judge(opened("soup", cycle)) for cycle in range(1, CYCLES + 1)]]
+
+        def over_cycles() -> list[float]:
+            return [judge(opened("soup", cycle)) for cycle in range(1, CYCLES + 1)]
+
+        curves = {"soup": over_cycles()}
         scores["sparsity"] = sparsity(opened("soup"))
         assert soup.masks.pruned == round(soup.masks.size * SPARSITY)
         sms(seed, data, folder, 1, copies * RETRAIN)
-        scores["imp_long"] = judge(opened("soup"))
+        curves["imp_long"] = over_cycles()
+        scores["imp_long"] = curves["imp_long"][-1]
         runs = []
         for first in range(copies):
             sms(seed, data, folder, 1, RETRAIN, first)
             runs.append(opened("soup"))
             if first == 0:
-                curves.append([judge(opened("soup", cycle)) for cycle in range(1, CYCLES + 1)])
+                curves["imp"] = over_cycles()
     scores["imp"] = judge(runs[0])
     average = combine(runs, [1 / copies] * copies)
     scores["average"], scores["average_sparsity"] = judge(average), sparsity(average)
     prune_({name: average[name] for name in prunable(judge.module)}, SPARSITY)
     scores["reprune"] = judge(average)
-    return scores, curves
+    return scores, curves, soup.masks
 
 
 def sparsity(weights: dict[str, Tensor]) -> float:
@@ -227,19 +233,16 @@ def claims(results: dict[int, list[Scores]]) -> list[tuple[str, bool]]:
     return found
 
 
-def picture(curves: list[list[list[float]]], path: Path) -> None:
-    """Accuracy over sparsity, one line a method."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    reached = [100 * (1 - (1 - SPARSITY) ** (cycle / CYCLES)) for cycle in range(1, CYCLES + 1)]
-    for number, name in enumerate(("SMS, m = 3", "IMP")):
-        rows = torch.tensor([curve[number] for curve in curves])
-        axes.errorbar(reached, rows.mean(0), rows.std(0) / len(rows) ** 0.5, marker="o", capsize=3, label=name)
-    axes.set(xlabel="weights pruned, %", ylabel="test accuracy, %", title="Digits with 20 % random labels")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+def mean_curves(curves: list[dict[str, list[float]]], copies: int) -> dict[str, list[tuple[float, float, float]]]:
+    """By method: sparsity, mean accuracy and its standard error after each cycle."""
+    reached = [1 - (1 - SPARSITY) ** (cycle / CYCLES) for cycle in range(1, CYCLES + 1)]
+    found = {}
+    for key, rows in {key: [one[key] for one in curves] for key in curves[0]}.items():
+        values = torch.tensor(rows)
+        error = values.std(0) / len(rows) ** 0.5
+        name = COLUMNS[key] + (f", m = {copies}" if key == "soup" else "")
+        found[name] = list(zip(reached, values.mean(0).tolist(), error.tolist(), strict=True))
+    return found
 
 
 def main() -> None:
@@ -253,24 +256,23 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
 
-    def all_of(copies: list[int], seeds: int, wrong: float) -> tuple[dict[int, list[Scores]], list[list[list[float]]]]:
-        pairs = {m: [run(seed, m, wrong) for seed in range(seeds)] for m in copies}
-        return {m: [scores for scores, _ in row] for m, row in pairs.items()}, [c for _, c in pairs[copies[0]]]
-
-    results, curves = all_of(options.copies, options.seeds, 0.2)
+    runs = {m: [run(seed, m, 0.2) for seed in range(options.seeds)] for m in options.copies}
+    results = {m: [scores for scores, _, _ in row] for m, row in runs.items()}
+    curves, masks = [one for _, one, _ in runs[options.copies[0]]], runs[options.copies[0]][0][2]
     about = f"{options.seeds} seeds, mean ± standard deviation. 95 % pruned in three cycles, m copies in each."
     parts = ["### SMS: digits, a fifth with random labels", about, table(results), verdicts(claims(results))]
     if options.clean_seeds:
-        clean, _ = all_of(options.copies[:1], options.clean_seeds, 0.0)
-        gains = [row["soup"] - row["imp_long"] for row in clean[options.copies[0]]]
+        copies = options.copies[0]
+        clean = {copies: [run(seed, copies, 0.0)[0] for seed in range(options.clean_seeds)]}
+        gains = [row["soup"] - row["imp_long"] for row in clean[copies]]
         told = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f} s.e."
         parts += ["#### The same with right labels", f"{options.clean_seeds} seeds.", table(clean)]
-        parts.append(f"Here longer retraining of one network pays, not a soup: soup − IMP retrained as long is {told}.")
+        parts.append(f"Here longer retraining of one network pays, not a soup: soup − IMP retrained as long is {told}")
     text = "\n\n".join(parts)
     print(text)
     if options.write:
         write("sms", text)
-        picture(curves, RESULTS.parent / "sms.png")
+        sparse_picture(mean_curves(curves, options.copies[0]), masks, "test accuracy, %", RESULTS.parent / "sms.png")
 
 
 if __name__ == "__main__":

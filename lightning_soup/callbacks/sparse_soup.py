@@ -305,6 +305,7 @@ class SparseModelSoup(PruningCallback):
         path = self._files.path(soup_of(cycle))
         if cycle == self.cycles:
             log_soup(trainer.loggers, self.soup, path)
+        self._files.write_report(trainer, self.masks, self.records, self.monitor or "")
         rank_zero_info(f"SparseModelSoup: soup of cycle {cycle}, {record['sparsity']:.2%} pruned, in {path}. {told}")
 
     # ---------------------------------------------------------------------------------------------------------- files

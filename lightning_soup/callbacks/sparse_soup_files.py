@@ -1,12 +1,18 @@
 """The files of a sparse soup: the start of each cycle, its copies, and its soups."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_soup.errors import LightningSoupError
+from lightning_soup.layers.masks import Masks
 from lightning_soup.recipes import Soup
+from lightning_soup.runs.figures_sparse import curves_of, sparse_picture
+from lightning_soup.weights.atomic import atomic_path
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.weights_file import WeightsFile, metric_prefixes, open_checkpoint
 
@@ -49,6 +55,13 @@ class CycleFiles:
         if error is not None:
             raise error
         self._known[name] = trainer.strategy.broadcast([str(path), open_checkpoint(path).digest()])
+
+    def write_report(self, trainer: Trainer, masks: Masks, records: Sequence[Mapping[str, Any]], metric: str) -> None:
+        """Write the masks, for :class:`.SparsityMask`, and a picture of how far pruning has come, on rank 0."""
+        if trainer.is_global_zero:
+            with atomic_path(self.folder / "masks.pt") as temporary:
+                torch.save(masks.state(), temporary)
+            sparse_picture(curves_of(records), masks, metric, self.folder / "sparse_soup.png")
 
     def open(self, name: str) -> WeightsFile:
         """Open a file of this fit.

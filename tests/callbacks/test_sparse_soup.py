@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from lightning_soup.callbacks import ExponentialAverage, ModelSoup, SparseModelSoup
 from lightning_soup.callbacks.retraining import retraining_rate
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import cycle_amounts, prune_
 from lightning_soup.recipes import GreedySoup
 from lightning_soup.weights import open_checkpoint
@@ -153,7 +154,9 @@ class TestProcedure:
         soup, module = fit(tmp_path)
         names = sorted(path.name for path in tmp_path.iterdir())
         parts = ("copy=1", "copy=2", "soup", "start")
-        assert names == [f"cycle={cycle}-{part}.ckpt" for cycle in (1, 2) for part in parts]
+        assert names[:-2] == [f"cycle={cycle}-{part}.ckpt" for cycle in (1, 2) for part in parts]
+        assert names[-2:] == ["masks.pt", "sparse_soup.png"]
+        assert Masks.from_state(torch.load(tmp_path / "masks.pt", weights_only=True)) == soup.masks
         for cycle, count in ((1, cycle_amounts(0.8, 2)[0][0]), (2, 0.8)):
             for part in parts:
                 weights = open_checkpoint(tmp_path / f"cycle={cycle}-{part}.ckpt")
@@ -166,7 +169,7 @@ class TestProcedure:
 
     def test_copies_may_go(self, tmp_path):
         fit(tmp_path, keep_copies=False)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["cycle=1-soup.ckpt", "cycle=2-soup.ckpt"]
+        assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["cycle=1-soup.ckpt", "cycle=2-soup.ckpt"]
 
     def test_copies_differ_in_their_order_of_batches_alone(self, tmp_path):
         fit(tmp_path, data=TinyData())
