@@ -89,7 +89,7 @@ def test_every_python_block_runs_in_order(runs):
 
 def test_the_trainer_that_soups_leaves_the_soup_where_the_text_says(runs):
     names = presupposed()
-    (code,) = [code for code in python_blocks() if "ModelSoup(" in code]
+    (code,) = [code for code in python_blocks() if " ModelSoup(" in code]
     exec(code, names)
     kept = names["kept"]
     assert isinstance(kept, ModelCheckpoint)
@@ -111,6 +111,17 @@ def test_the_trainer_that_averages_scores_and_keeps_the_average(runs):
     average, live = (open_checkpoint(runs / "end.ckpt", which=which) for which in ("average", "raw"))
     assert all(torch.equal(average[name], value) for name, value in module.state_dict().items())
     assert not torch.equal(average["net.0.weight"], live["net.0.weight"])
+
+
+def test_the_trainers_that_prune_do_what_the_text_says(runs):
+    names = presupposed()
+    (code,) = [code for code in python_blocks() if "SparsityMask(" in code]
+    for part in code.strip().split("\n\n", 1)[1].splitlines():
+        exec(code.strip().split("\n\n", 1)[0] + "\nfrom lightning.pytorch import Trainer\n" + part, names)
+        module = TinyClassifier()
+        names["trainer"].fit(module, datamodule=names["data"])
+        zeros = sum(int((parameter == 0).sum()) for parameter in module.parameters() if parameter.ndim > 1)
+        assert zeros == round(0.9 * (8 * 16 + 16 * 3))
 
 
 def test_the_commands_that_need_files_only_do_what_the_text_says(runs, capsys):
