@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from results import spread, verdicts, write
+from results import quiet_trainer, spread, verdicts, write
 from torch import nn
 
 from lightning_soup import ExpertsWeightAveraging, HandwritingDataModule, ImageClassifier
@@ -110,17 +110,7 @@ def run(
         wrong(data, noise, seed)
     measure = Measure(data)
     experts = [] if options is None else [ExpertsWeightAveraging(4, layers="all", **options)]
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[*experts, measure],
-    )
-    trainer.fit(model, datamodule=data)
+    quiet_trainer(epochs, [*experts, measure]).fit(model, datamodule=data)
     return measure.scores
 
 

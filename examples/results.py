@@ -1,10 +1,26 @@
-"""What the examples share: how numbers over seeds are written, and their place in RESULTS.md."""
+"""What the examples share: a Trainer that says nothing, how numbers over seeds are written, their place in RESULTS.md."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import Callback, Trainer
+
 RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def quiet_trainer(epochs: int, callbacks: Sequence[Callback]) -> Trainer:
+    """Trains on a CPU, without validation, files and bars."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=list(callbacks),
+    )
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing from a second thread
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from results import RESULTS, spread, verdicts, write
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from results import RESULTS, quiet_trainer, spread, verdicts, write
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -120,16 +120,7 @@ def sms(seed: int, data: Digits, folder: Path, copies: int, epochs: int, first: 
     soup = SparseModelSoup(
         SPARSITY, CYCLES, copies, epochs, DENSE, seed=1000 * seed + first, dirpath=str(folder), keep_copies=True
     )
-    Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[soup],
-    ).fit(Network(), datamodule=data)
+    quiet_trainer(-1, [soup]).fit(Network(), datamodule=data)
     return soup
 
 
