@@ -1,4 +1,4 @@
-"""What the examples share: a Trainer that says nothing, how numbers over seeds are written, their place in RESULTS.md."""
+"""What the examples share: a quiet Trainer, how numbers over seeds are written, and their place in RESULTS.md."""
 
 import statistics
 from collections.abc import Sequence
