@@ -1,5 +1,6 @@
 """The prunable weights of a module in training, and what keeps them pruned."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_soup.errors import LightningSoupError
+from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint
 from lightning_soup.layers.masks import NOT_PRUNABLE, Masks, prunable
 from lightning_soup.layers.pruning import Of, prune_
+from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.weights_file import clean_names
 
 
@@ -49,6 +51,23 @@ class PrunedWeights:
         masks = Masks.from_state(state, {name: tensor.device for name, tensor in self.tensors.items()})
         masks.check(self.tensors, owner)
         self.masks = masks
+
+    def read(self, path: str) -> None:
+        """Take masks from a file of them, and lay them over the weights.
+
+        Raises:
+            UnreadableCheckpoint: It is none.
+            UnsupportedSetup: They are those of another model.
+        """
+        try:
+            state = torch.load(user_path(path), map_location="cpu", weights_only=True)
+            known = isinstance(state, dict) and state.keys() == {"bits", "shapes"}
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UnreadableCheckpoint(f"{path}: no file of masks can be read there ({error}).") from error
+        if not known:
+            raise UnreadableCheckpoint(f"{path}: holds no masks. SparseModelSoup leaves a masks.pt in its folder.")
+        self.resume(state, path)
+        self.mask_weights()
 
     def prune(self, trainer: Trainer, amount: float, selection: str, of: Of = "all", seed: int = 0) -> None:
         """Extend the masks; rank 0 decides for all ranks.

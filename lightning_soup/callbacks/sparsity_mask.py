@@ -32,7 +32,8 @@ class SparsityMask(PruningCallback):
     strategies that shard parameters are refused.
 
     Args:
-        sparsity: S, the share of the prunable weights to prune in all: those of two dimensions or more.
+        sparsity: S, the share of the prunable weights to prune in all: those of two dimensions or more. ``None``:
+            nothing beyond ``masks_from``.
         selection: What goes first. ``global``: the smallest magnitudes of all layers together. ``uniform``: the same
             share of each layer. ``lamp``, ``erk``: other shares by layer. ``random``. ``rows``: whole rows or filters.
             ``N:M``, such as ``2:4``: all but N in each M neighbours, once. See :func:`.prune_`.
@@ -43,6 +44,8 @@ class SparsityMask(PruningCallback):
         skip_first: Leave out the input layer.
         skip_head: Leave out the last layer.
         seed: Of the selection ``random``.
+        masks_from: A file of masks to begin with, such as the ``masks.pt`` that :class:`.SparseModelSoup` leaves: a
+            pruned network is fine-tuned, and keeps its zeros.
 
     Attributes:
         masks: The :class:`.Masks`, once the fit has begun.
@@ -56,7 +59,7 @@ class SparsityMask(PruningCallback):
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | None = None,
         selection: str = "global",
         start: When = 0,
         stop: When | None = None,
@@ -65,12 +68,18 @@ class SparsityMask(PruningCallback):
         skip_first: bool = False,
         skip_head: bool = False,
         seed: int = 0,
+        masks_from: str | None = None,
     ) -> None:
         super().__init__(selection, exclude, skip_first, skip_head, seed)
-        cycle_amounts(sparsity, 1)
+        if sparsity is not None:
+            cycle_amounts(sparsity, 1)
+        elif masks_from is None or stop is not None:
+            raise UnsupportedSetup(
+                "SparsityMask: give sparsity, the share to prune; without it only masks_from is kept."
+            )
         if check_selection(selection) and stop is not None:
             raise UnsupportedSetup(f"selection={selection!r} prunes at once. Leave stop={stop!r} out.")
-        self.sparsity = sparsity
+        self.sparsity, self.masks_from = sparsity, masks_from
         self._schedule = Schedule(start, stop, every, owner=type(self).__name__)
         self._steps_done = 0
         self._ticks = 0
@@ -80,7 +89,11 @@ class SparsityMask(PruningCallback):
         """Prune, if it is to be done at the beginning."""
         if self._resumed is None:
             self._steps_done, self._ticks, self._done = 0, 0, False
+        resumed = self._resumed is not None
         super().on_fit_start(trainer, pl_module)
+        if self.masks_from is not None and not resumed and self._pruned.masks.pruned == 0:
+            self._pruned.read(self.masks_from)
+        self._done = self._done or self.sparsity is None
         if not self._done and self._schedule.stop is None and not self._schedule.start.value:
             self._done = True
             self._prune(trainer, self.sparsity)

@@ -20,7 +20,7 @@ from lightning_soup.callbacks import (
     SparsityMask,
     WeightEnsemble,
 )
-from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, NonFiniteWeights, UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt, OverflowAt
@@ -327,6 +327,47 @@ class TestResume:
         assert zeros(first) == zeros(second)
 
 
+class TestMasksFromAFile:
+    def _file(self, folder):
+        mask = SparsityMask(0.6)
+        _, module, _ = fit(mask, epochs=1)
+        torch.save(mask.masks.state(), folder / "masks.pt")
+        return mask.masks, module, str(folder / "masks.pt")
+
+    def test_a_pruned_network_keeps_its_zeros(self, tmp_path):
+        masks, module, path = self._file(tmp_path)
+        mask = SparsityMask(masks_from=path)
+        fit(mask, module=module)
+        assert mask.masks == masks
+        assert zeros(module) == round(SIZE * 0.6)
+
+    def test_more_may_be_pruned(self, tmp_path):
+        masks, module, path = self._file(tmp_path)
+        mask = SparsityMask(0.8, masks_from=path, stop="2 epochs")
+        _, _, seen = fit(mask, module=module)
+        assert seen[0] == round(SIZE * 0.6)
+        assert zeros(module) == round(SIZE * 0.8)
+        assert not any((mask.masks[name] & ~masks[name]).any() for name in masks)
+
+    def test_resume_goes_on_with_the_checkpoints_own(self, tmp_path):
+        _, module, path = self._file(tmp_path)
+        trainer, _, _ = fit(SparsityMask(0.8, masks_from=path), module=module, epochs=1)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        again = SparsityMask(0.8, masks_from=path)
+        fit(again, epochs=2, ckpt_path=tmp_path / "x.ckpt")
+        assert again.masks.pruned == round(SIZE * 0.8)
+
+    @pytest.mark.parametrize("content", [None, b"", b"nothing", {"a": 1}, {"bits": {}, "shapes": {}}], ids=str)
+    def test_files_that_are_none(self, content, tmp_path):
+        path = tmp_path / "masks.pt"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(LightningSoupError, match=r"masks\.pt"):
+            fit(SparsityMask(masks_from=str(path)))
+
+
 AVERAGES = {
     "ema": lambda: ExponentialAverage(0.9),
     "swa": lambda: EqualAverage(every=2),
@@ -411,6 +452,7 @@ class TestBadInput:
             ({"sparsity": 1.0}, "expected a share above 0 and below 1"),
             ({"sparsity": 90}, "expected a share above 0 and below 1"),
             ({"sparsity": "lots"}, "expected a share above 0 and below 1"),
+            ({"sparsity": None}, "give sparsity, the share to prune"),
             ({"selection": "largest"}, "expected global, uniform"),
             ({"selection": "2:4", "stop": 10}, "prunes at once"),
             ({"exclude": "net.*"}, "expected a list of patterns"),
