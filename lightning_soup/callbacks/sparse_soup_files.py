@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_soup.errors import LightningSoupError
+from lightning_soup.layers.costs import layer_costs, write_costs
 from lightning_soup.layers.masks import Masks
 from lightning_soup.recipes import Soup
 from lightning_soup.runs.figures_sparse import curves_of, sparse_picture
@@ -57,10 +59,16 @@ class CycleFiles:
         self._known[name] = trainer.strategy.broadcast([str(path), open_checkpoint(path).digest()])
 
     def write_report(self, trainer: Trainer, masks: Masks, records: Sequence[Mapping[str, Any]], metric: str) -> None:
-        """Write the masks, for :class:`.SparsityMask`, and a picture of how far pruning has come, on rank 0."""
+        """Write the masks, for :class:`.SparsityMask`, what is left of each layer, and a picture, on rank 0."""
         if trainer.is_global_zero:
             with atomic_path(self.folder / "masks.pt") as temporary:
                 torch.save(masks.state(), temporary)
+            module = trainer.lightning_module
+            example = module.example_input_array  # where there is one, operations are counted, too
+            inputs = example if isinstance(example, tuple) else (example,) if isinstance(example, Tensor) else ()
+            inputs = [part.to(module.device) if isinstance(part, Tensor) else part for part in inputs]
+            with atomic_path(self.folder / "layers.csv") as temporary:
+                write_costs(layer_costs(module, masks, *inputs), temporary)
             sparse_picture(curves_of(records), masks, metric, self.folder / "sparse_soup.png")
 
     def open(self, name: str) -> WeightsFile:

@@ -1,7 +1,9 @@
 """What masks save: weights, bytes and multiplications of each layer."""
 
+import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from lightning_soup.layers.masks import Masks, pruned_in
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LayerCost", "cost_table", "layer_costs"]
+__all__ = ["LayerCost", "cost_table", "layer_costs", "write_costs"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def layer_costs(module: nn.Module, masks: Masks, *inputs: Any) -> list[LayerCost
         masks: Its masks.
         inputs: What one forward pass takes, such as a batch of one image; without any, no operations are counted.
     """
-    parameters = {name: module.get_parameter(name) for name in masks}
+    own = {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
+    parameters = {name: own[name] for name in masks}
     flops = _flops(module, parameters, inputs) if inputs else dict.fromkeys(parameters, 0)
     found = []
     for name, mask in masks.items():
@@ -105,11 +108,21 @@ class _Counter(TorchDispatchMode):
         return out
 
 
+def write_costs(costs: Sequence[LayerCost], path: Path) -> None:
+    """Write the costs as comma-separated values, one line a parameter."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(LayerCost)])
+        writer.writeheader()
+        writer.writerows(map(asdict, costs))
+
+
 def cost_table(costs: Sequence[LayerCost]) -> "Table":
     """The costs as a rich table, with their sum."""
     from rich.table import Table
 
-    total = LayerCost("all", *(sum(getattr(c, f) for c in costs) for f in list(LayerCost.__dataclass_fields__)[1:]))
+    total = LayerCost(
+        "all", *(sum(getattr(c, f) for c in costs) for f in [field.name for field in fields(LayerCost)][1:])
+    )
     table = Table(title="What pruning leaves")
     for column in ("parameter", "weights", "kept", "dense, MB", "pruned, MB", "MFLOPs", "kept MFLOPs"):
         table.add_column(column, justify="left" if column == "parameter" else "right", overflow="fold")

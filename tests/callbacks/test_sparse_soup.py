@@ -1,5 +1,6 @@
 """SparseModelSoup against the procedure written out by hand, and at every place where it can be interrupted."""
 
+import csv
 import math
 import os
 import warnings
@@ -154,8 +155,8 @@ class TestProcedure:
         soup, module = fit(tmp_path)
         names = sorted(path.name for path in tmp_path.iterdir())
         parts = ("copy=1", "copy=2", "soup", "start")
-        assert names[:-2] == [f"cycle={cycle}-{part}.ckpt" for cycle in (1, 2) for part in parts]
-        assert names[-2:] == ["masks.pt", "sparse_soup.png"]
+        assert names[:-3] == [f"cycle={cycle}-{part}.ckpt" for cycle in (1, 2) for part in parts]
+        assert names[-3:] == ["layers.csv", "masks.pt", "sparse_soup.png"]
         assert Masks.from_state(torch.load(tmp_path / "masks.pt", weights_only=True)) == soup.masks
         for cycle, count in ((1, cycle_amounts(0.8, 2)[0][0]), (2, 0.8)):
             for part in parts:
@@ -166,6 +167,22 @@ class TestProcedure:
         assert torch.equal(again.net[0].weight, module.net[0].weight)
         assert open_checkpoint(tmp_path / "cycle=2-soup.ckpt").provenance is not None
         assert soup.soup.coefficients == (0.5, 0.5)
+
+    def test_what_is_left_of_each_layer_is_told(self, tmp_path):
+        class Example(Cosine):
+            def __init__(self):
+                super().__init__()
+                self.example_input_array = torch.rand(1, 8)
+
+            def forward(self, x):
+                return self.net(x)
+
+        soup, _ = fit(tmp_path, module=Example())
+        with (tmp_path / "layers.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["name"] for row in rows] == ["net.0.weight", "net.3.weight"]
+        assert sum(int(row["kept"]) for row in rows) == soup.masks.size - soup.masks.pruned
+        assert [int(row["flops"]) for row in rows] == [2 * 8 * 16, 2 * 16 * 3]
 
     def test_copies_may_go(self, tmp_path):
         fit(tmp_path, keep_copies=False)
