@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
@@ -17,6 +18,7 @@ from lightning_soup.callbacks import (
     ExpertsWeightAveraging,
     ExponentialAverage,
     LatestAverage,
+    SparseModelSoup,
     SparsityMask,
     WeightEnsemble,
 )
@@ -507,3 +509,14 @@ def test_masks_can_be_looked_at():
 def test_sparsity_is_logged():
     trainer, _, _ = fit(SparsityMask(0.8))
     assert float(trainer.callback_metrics["sparsity"]) == pytest.approx(round(SIZE * 0.8) / SIZE)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize("make", [lambda: SparsityMask(0.5), lambda: SparseModelSoup(0.5, retrain_epochs=1)])
+def test_strategies_that_shard_are_refused_by_name(make, strategy):
+    callback = make()
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.strategy.__class__ = strategy
+    name = f"{type(callback).__name__} does not work with {strategy.__name__}"
+    with pytest.raises(UnsupportedSetup, match=f"{name}: masks are laid over whole parameters"):
+        callback.setup(trainer, TinyClassifier(), "fit")
