@@ -1,11 +1,13 @@
 """The prunable weights of a module in training, and what keeps them pruned."""
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,7 +15,7 @@ from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint
 from lightning_soup.layers.masks import NOT_PRUNABLE, Masks, prunable
 from lightning_soup.layers.pruning import Of, prune_
 from lightning_soup.weights.atomic import user_path
-from lightning_soup.weights.weights_file import clean_names
+from lightning_soup.weights.weights_file import clean_names, metric_prefixes, module_tensors
 
 
 class PrunedWeights:
@@ -33,7 +35,11 @@ class PrunedWeights:
     def __init__(
         self, module: nn.Module, exclude: Sequence[str] | None = None, skip_first: bool = False, skip_head: bool = False
     ) -> None:
-        found = prunable(module, NOT_PRUNABLE if exclude is None else exclude, skip_first, skip_head)
+        metrics = [f"{prefix}*" for prefix in metric_prefixes(module)]  # networks inside metrics judge, and are not it
+        given = NOT_PRUNABLE if exclude is None else exclude
+        if not isinstance(given, str):
+            given = [*given, *metrics]
+        found = prunable(module, given, skip_first, skip_head)
         names = clean_names(found, type(module).__name__)
         self.tensors: dict[str, nn.Parameter] = {names[name]: tensor for name, tensor in found.items()}
         self.masks = Masks.full(self.tensors)
@@ -76,6 +82,7 @@ class PrunedWeights:
             LightningSoupError: As of :func:`.prune_`, on every rank.
         """
         error, state = None, None
+        before = {name for name, mask in self.masks.items() if not mask.any()}
         if trainer.is_global_zero:
             try:
                 self.masks = prune_(self.tensors, amount, self.masks, selection, of, seed)
@@ -89,6 +96,27 @@ class PrunedWeights:
         if state is not None:
             self.resume(state, "rank 0")
         self.mask_weights()
+        gone = [name for name, mask in self.masks.items() if name not in before and not mask.any()]
+        if gone:
+            rank_zero_warn(
+                f"{len(gone)} of {len(self.masks)} layers have no weight left: {', '.join(gone[:5])}. What comes after "
+                "them sees constants. Prune less, spread it over the layers (selection='lamp' or 'uniform'), or leave "
+                "layers out (skip_head, exclude)."
+            )
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Give a module its weights, and these their masks back, if the block ends with an error or Ctrl-C."""
+        tensors, masks = module_tensors(module), self.masks
+        kept = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name, value in tensors.items():
+                    value.copy_(kept[name])
+            self.masks = masks
+            raise
 
     def mask_weights(self) -> None:
         """Make pruned weights zero."""

@@ -49,6 +49,7 @@ class PruningCallback(Callback):
         self.skip_first, self.skip_head = skip_first, skip_head
         self._pruned: PrunedWeights | None = None
         self._resumed: dict[str, Any] | None = None
+        self._made_with: dict[str, Any] = {}  # the options of the fit that is resumed
         self._steps: OptimizerSteps | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class PruningCallback(Callback):
         if stage != "fit":
             return
         name = type(self).__name__
-        self._resumed = None
+        self._resumed, self._made_with = None, {}
         check_strategy(trainer, name, "masks are laid over whole parameters")
         for callback in trainer.callbacks:
             kind = type(callback).__name__
@@ -94,6 +95,7 @@ class PruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights on their device, and lay the masks of a checkpoint or of an earlier fit over them."""
+        self._check_options()
         earlier = self._pruned
         self._pruned = PrunedWeights(pl_module, self.exclude, self.skip_first, self.skip_head)
         if self._resumed is not None:
@@ -101,6 +103,20 @@ class PruningCallback(Callback):
         elif earlier is not None and earlier.is_of(self._pruned.tensors):
             self._pruned.masks = earlier.masks  # in another fit of the same module what is pruned stays so
         self._pruned.mask_weights()
+
+    def _options(self) -> dict[str, Any]:
+        """What must be the same when a fit is resumed, as plain values."""
+        seed = {"seed": int(self.seed)} if self.selection == "random" else {}
+        return {"selection": self.selection, **seed}
+
+    def _check_options(self) -> None:
+        own, made_with = self._options(), self._made_with
+        other = [f"{n}={made_with[n]!r}, not {own[n]!r}" for n in own if n in made_with and made_with[n] != own[n]]
+        if other:
+            raise UnsupportedSetup(
+                f"{type(self).__name__}: the checkpoint is of a fit with {', '.join(other)}. Resume it with the "
+                "options it was made with, or begin a fit of its own from its weights, without ckpt_path."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """States of optimizers are loaded now."""
@@ -143,9 +159,10 @@ class PruningCallback(Callback):
     # ---------------------------------------------------------------------------------------------------------- files
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, one bit a weight."""
-        return {} if self._pruned is None else {"masks": self._pruned.masks.state()}
+        """The masks, one bit a weight, and the options they were made with."""
+        masks = {} if self._pruned is None else {"masks": self._pruned.masks.state()}
+        return {**masks, "options": self._options()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the masks of a checkpoint."""
-        self._resumed = state_dict.get("masks")
+        self._resumed, self._made_with = state_dict.get("masks"), state_dict.get("options", {})

@@ -53,7 +53,8 @@ class SparsityMask(PruningCallback):
 
     Raises:
         UnsupportedSetup: Before training: an option has no meaning, nothing is prunable, training ends before ``stop``,
-            the checkpoint holds masks of another model, or a callback or strategy cannot go with masks.
+            the checkpoint holds masks of another model or is of a fit with other options, or a callback or strategy
+            cannot go with masks.
         NonFiniteWeights: In training, when pruning: a weight is NaN.
     """
 
@@ -79,7 +80,7 @@ class SparsityMask(PruningCallback):
             )
         if check_selection(selection) and stop is not None:
             raise UnsupportedSetup(f"selection={selection!r} prunes at once. Leave stop={stop!r} out.")
-        self.sparsity, self.masks_from = sparsity, masks_from
+        self.sparsity, self.masks_from = None if sparsity is None else float(sparsity), masks_from
         self._schedule = Schedule(start, stop, every, owner=type(self).__name__)
         self._steps_done = 0
         self._ticks = 0
@@ -97,6 +98,12 @@ class SparsityMask(PruningCallback):
         if not self._done and self._schedule.stop is None and not self._schedule.start.value:
             self._done = True
             self._prune(trainer, self.sparsity)
+
+    def _options(self) -> dict[str, Any]:
+        schedule = self._schedule
+        gradual = {"every": str(schedule.every)} if schedule.stop else {}
+        when = {"start": str(schedule.start), "stop": schedule.stop and str(schedule.stop), **gradual}
+        return {**super()._options(), "sparsity": self.sparsity, **when}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The length of training is known now."""

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.threads import one_thread
@@ -47,17 +50,22 @@ def prunable(
         skip_head: Leave out the last of them: the classifier of the usual networks.
 
     Raises:
-        UnsupportedSetup: Nothing is left, or ``exclude`` is no list.
+        UnsupportedSetup: Nothing is left, ``exclude`` is no list, a layer is lazy and has no shape yet, or a weight is
+            computed from parameters (``torch.nn.utils.parametrize``, weight norm) in a way that does not keep zeros.
     """
     if isinstance(exclude, str):
         raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
+    left = {n: p for n, p in module.named_parameters() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
+    lazy = [name for name, parameter in left.items() if is_lazy(parameter)]
+    if lazy:
+        raise UnsupportedSetup(
+            f"{lazy[0]} has no shape yet (a lazy layer), so it cannot be pruned. Run one batch through "
+            f"{type(module).__name__} before the fit."
+        )
     found = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.ndim >= 2
-        and parameter.is_floating_point()
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        name: parameter for name, parameter in left.items() if parameter.ndim >= 2 and parameter.is_floating_point()
     }
+    _refuse_computed(module, found)
     names = list(found)
     for name in [*(names[:1] if skip_first else []), *(names[-1:] if skip_head else [])]:
         found.pop(name, None)
@@ -67,6 +75,27 @@ def prunable(
             f"more beside those in exclude={list(exclude)}, skip_first={skip_first}, skip_head={skip_head}."
         )
     return found
+
+
+def _refuse_computed(module: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Weights that a network computes anew in each forward pass are not zero where their sources are."""
+    for name, part in module.named_modules():
+        sources: dict[str, str] = {}
+        for weight, steps in getattr(part, "parametrizations", {}).items():
+            if not all(isinstance(step, _SpectralNorm) for step in steps):  # which divides by a number only
+                sources[f"parametrizations.{weight}."] = weight
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                sources |= {f"{hook.name}_g": hook.name, f"{hook.name}_v": hook.name}
+        for source, weight in sources.items():
+            prefix = f"{name}." if name else ""
+            if any(found_name.startswith(prefix + source) for found_name in found):
+                raise UnsupportedSetup(
+                    f"{prefix}{weight} is computed from other parameters ({prefix}{source.rstrip('.')}), and would not "
+                    "be zero where these are; weight norm gives NaN where a row is pruned. Make it plain before the "
+                    "fit (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or "
+                    f"leave it out: exclude=['{prefix}{source}*', …]."
+                )
 
 
 class Masks(Mapping[str, Tensor]):
@@ -184,6 +213,10 @@ class Masks(Mapping[str, Tensor]):
             UnsupportedSetup: It is not of that form.
         """
         kept = {}
+        if not all(isinstance(state.get(key), Mapping) for key in ("bits", "shapes")):
+            raise UnsupportedSetup(
+                f"the masks are damaged: expected bits and shapes, found {', '.join(state) or 'none'}."
+            )
         for name, shape in state["shapes"].items():
             bits, count = state["bits"].get(name), int(np.prod(shape))
             if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != -(-count // 8):

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torchmetrics import Metric
 
 from lightning_soup.callbacks import (
     EqualAverage,
@@ -100,12 +101,19 @@ def module_with(make):
 
 def fit(mask, epochs=3, module=None, callbacks=(), seed=3, data=None, ckpt_path=None, **options):
     torch.manual_seed(seed)
-    module = module or TinyClassifier()
+    module = with_a_large_head(module or TinyClassifier())
     watch = Watch(mask)
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[mask, *callbacks, watch], **options)
     trainer.fit(module, *(data or loaders()), ckpt_path=ckpt_path)
     assert watch.broken == []
     return trainer, module, watch.seen
+
+
+def with_a_large_head(module):
+    """Else all of the head would be among the smallest weights, and nothing would train."""
+    with torch.no_grad():
+        module.net[3].weight.mul_(3)
+    return module
 
 
 def zeros(module):
@@ -139,7 +147,7 @@ class TestInvariants:
                 self.found = (*self.found, float(norm))
 
         norms = Norms()
-        fit(SparsityMask(0.9), callbacks=[norms], gradient_clip_val=1e-3)
+        fit(SparsityMask(0.7), callbacks=[norms], gradient_clip_val=1e-3)
         # what was clipped has the norm asked for: nothing was taken from it afterwards
         assert norms.found == pytest.approx([1e-3] * STEPS, rel=1e-3)
 
@@ -158,7 +166,7 @@ class TestInvariants:
         assert zeros(module) == round(SIZE * 0.8)
 
     def test_compiled_parts(self):
-        module = TinyClassifier()
+        module = with_a_large_head(TinyClassifier())
         module.net[0] = torch.compile(module.net[0], backend="eager")
         mask = SparsityMask(0.8)
         quiet_trainer(max_epochs=2, callbacks=[mask]).fit(module, *loaders())
@@ -182,7 +190,7 @@ class TestInvariants:
         mask = SparsityMask(0.7)
         _, module, _ = fit(mask)
         torch.manual_seed(3)
-        slow = Masked(mask.masks)
+        slow = with_a_large_head(Masked(mask.masks))
         with torch.no_grad():
             for layer in (0, 3):
                 slow.net[layer].weight *= slow.net[layer].mask
@@ -209,6 +217,30 @@ class TestInvariants:
         with pytest.warns(UserWarning, match="something wrote to pruned weights"):
             trainer.fit(module, *loaders())
         assert zeros(module) == SIZE // 2
+
+    def test_networks_inside_metrics_are_not_pruned(self):
+        class Judge(Metric):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Linear(20, 20)
+                self.add_state("total", torch.zeros(()), "sum")
+
+            def update(self):
+                pass
+
+            def compute(self):
+                return self.total
+
+        module = TinyClassifier()
+        module.judge = Judge()
+        mask = SparsityMask(0.5)
+        fit(mask, module=module)
+        assert set(mask.masks) == {"net.0.weight", "net.3.weight"}
+        assert module.judge.net.weight.all()
+
+    def test_layers_that_are_left_without_weights_are_named(self):
+        with pytest.warns(UserWarning, match=r"1 of 2 layers have no weight left: net\.0\.weight.*Prune less"):
+            fit(SparsityMask(0.9))
 
 
 class TestGradual:
@@ -313,6 +345,31 @@ class TestResume:
         with pytest.raises(UnsupportedSetup, match=r"the checkpoint holds the masks of another model.*net\.0\.weight"):
             fit(SparsityMask(0.8), epochs=5, module=Wide(), ckpt_path=tmp_path / "y.ckpt")
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"sparsity": 0.9}, r"with sparsity=0\.8, not 0\.9"),
+            ({"sparsity": 0.5}, r"with sparsity=0\.8, not 0\.5"),
+            ({"stop": "4 epochs"}, "stop=None, not '4 epochs'"),
+            ({"selection": "uniform"}, "selection='global', not 'uniform'"),
+        ],
+        ids=str,
+    )
+    def test_other_options_are_refused(self, options, message, tmp_path):
+        trainer, _, _ = fit(SparsityMask(0.8))
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        with pytest.raises(UnsupportedSetup, match=f"{message}.*Resume it with the options it was made with"):
+            fit(SparsityMask(**{"sparsity": 0.8, **options}), epochs=5, ckpt_path=tmp_path / "x.ckpt")
+
+    def test_damaged_masks_are_refused(self, tmp_path):
+        trainer, _, _ = fit(SparsityMask(0.8))
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+        del content["callbacks"]["SparsityMask"]["masks"]["shapes"]
+        torch.save(content, tmp_path / "x.ckpt")
+        with pytest.raises(UnsupportedSetup, match="the masks are damaged: expected bits and shapes, found bits"):
+            fit(SparsityMask(0.8), epochs=5, ckpt_path=tmp_path / "x.ckpt")
+
     def test_a_second_fit_keeps_its_masks(self):
         mask, module = SparsityMask(0.8, stop=12, every=3), TinyClassifier()
         quiet_trainer(max_epochs=3, callbacks=[mask]).fit(module, *loaders())
@@ -386,7 +443,7 @@ class TestBesideAverages:
         mask, live = SparsityMask(0.8, **options), AVERAGES[average]()
         callbacks = [mask, live] if first else [live, mask]
         trainer = quiet_trainer(max_epochs=3, callbacks=callbacks)
-        module = TinyClassifier()
+        module = with_a_large_head(TinyClassifier())
         trainer.fit(module, *loaders())
         assert zeros(module) == round(SIZE * 0.8)
         for name, kept in mask.masks.items():
@@ -399,7 +456,7 @@ class TestBesideAverages:
     @pytest.mark.parametrize("first", [False, True])
     def test_lightnings_own_while_the_mask_is_fixed(self, first):
         mask, average = SparsityMask(0.8), EMAWeightAveraging(decay=0.9)
-        module = TinyClassifier()
+        module = with_a_large_head(TinyClassifier())
         trainer = quiet_trainer(max_epochs=3, callbacks=[mask, average] if first else [average, mask])
         trainer.fit(module, *loaders())
         assert zeros(module) == round(SIZE * 0.8)

@@ -55,6 +55,38 @@ class TestPrunable:
         with pytest.raises(UnsupportedSetup, match="nothing in Sequential can be pruned"):
             prunable(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), **options)
 
+    def test_lazy_layers_have_no_shape_yet(self) -> None:
+        model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+        with pytest.raises(UnsupportedSetup, match=r"0\.weight has no shape yet.*Run one batch"):
+            prunable(model)
+        assert list(prunable(model, exclude=["0.*"])) == ["1.weight"]
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            nn.utils.parametrizations.weight_norm,
+            nn.utils.parametrizations.orthogonal,
+            pytest.param(
+                nn.utils.weight_norm,
+                marks=pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated"),
+            ),
+        ],
+    )
+    def test_weights_that_are_computed_would_not_be_zero(self, make) -> None:
+        model = nn.Sequential(make(nn.Linear(4, 4)), nn.Linear(4, 2))
+        with pytest.raises(UnsupportedSetup, match=r"0\.weight is computed from other parameters.*remove_") as caught:
+            prunable(model)
+        told = str(caught.value).split("exclude=['")[1].split("'")[0]
+        assert list(prunable(model, exclude=["0.weight_*", told])) == ["1.weight"]
+
+    def test_spectral_norm_keeps_zeros(self) -> None:
+        model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        [(name, weight)] = prunable(model).items()
+        assert name == "parametrizations.weight.original"
+        with torch.no_grad():
+            weight[0] = 0
+        assert not model.weight[0].any()
+
     def test_a_pattern_is_no_list(self) -> None:
         with pytest.raises(UnsupportedSetup, match=r"expected a list of patterns: \['head\.\*'\]"):
             prunable(nn.Linear(2, 2), exclude="head.*")
