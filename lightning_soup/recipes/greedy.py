@@ -48,7 +48,7 @@ class GreedySoup(Recipe):
     ) -> Soup:
         """Choose the subset to average; see :meth:`.Recipe.cook`."""
         evaluator = require_evaluator(self, evaluator)
-        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
         scores = [evaluator.score(item.weights) for item in progress(found, "scoring ingredients", len(found))]
         order = sorted(range(len(found)), key=lambda i: -scores[i])
         first = order[0]

@@ -58,11 +58,13 @@ class InterpolatedSoup(Recipe):
             raise RecipeError(
                 "InterpolatedSoup: alphas is empty and alpha is not given; there is nothing to choose from."
             )
-        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
         fine_tuned: Coefficients = (1.0,)
         accumulate: Literal["float32", "float64"] = "float32"
         if len(found) > 2:
-            inner = self.soup.without_start_check().cook(found[1:], evaluator, progress)  # checked above, all of them
+            inner = self.soup.without_start_check(self._masks_known).cook(
+                found[1:], evaluator, progress
+            )  # checked above, all of them
             fine_tuned, accumulate = inner.coefficients, inner.accumulate
 
         def at(alpha: float) -> Soup:

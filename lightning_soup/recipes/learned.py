@@ -66,7 +66,7 @@ class LearnedSoup(Recipe):
         if self.by not in ("model", "tensor") or self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
             raise RecipeError(f"{self}: by is 'model' or 'tensor'; epochs, batch_size and lr are positive.")
         evaluator = require_evaluator(self, evaluator)
-        found, notes = check_ingredients(ingredients, self.common_start, evaluator)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
         sources = [ingredient.weights for ingredient in found]
         mixture = _Mixture(sources, self.by, self._head(evaluator, sources[0]) if self.temperature else ())
         if self.temperature and not mixture.head:

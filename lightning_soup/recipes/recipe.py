@@ -41,11 +41,17 @@ class Recipe(ABC):
 
     needs_evaluator: ClassVar[bool] = False
     common_start: CommonStart = "require"
+    _masks_known: ClassVar[bool] = False
 
-    def without_start_check(self) -> "Recipe":
-        """The same recipe for checkpoints that are known to come from one start: those of one run."""
+    def without_start_check(self, one_mask: bool = False) -> "Recipe":
+        """The same recipe for checkpoints that are known to come from one start: those of one run.
+
+        Args:
+            one_mask: They are also known to be pruned at the same places, whatever else has become zero in some.
+        """
         free = copy.copy(self)
         object.__setattr__(free, "common_start", "ignore")
+        object.__setattr__(free, "_masks_known", self._masks_known or one_mask)
         return free
 
     @abstractmethod

@@ -46,7 +46,8 @@ class UniformSoup(Recipe):
         progress: Progress = silent,
     ) -> Soup:
         """Average the ingredients; see :meth:`.Recipe.cook`. With an evaluator, the soup is scored once."""
-        found, notes = check_ingredients(ingredients, self.common_start, evaluator, one_mask=not self.reprune)
+        one_mask = not (self.reprune or self._masks_known)
+        found, notes = check_ingredients(ingredients, self.common_start, evaluator, one_mask)
         coefficients = self._coefficients(len(found))
         zeros = compare_zeros([ingredient.weights for ingredient in found]) if self.reprune else None
         if self.reprune and zeros is None:
