@@ -35,6 +35,7 @@ class FitEvaluator(ModuleEvaluator):
         self, trainer: Trainer, module: LightningModule, metric: str, mode: Literal["min", "max"] = "max"
     ) -> None:
         super().__init__(module, trainer.datamodule, metric, mode, trainer)
+        self._frozen_too = False
 
     def metrics(self) -> Mapping[str, Tensor]:
         """All metrics that validation logs for the weights that the module holds."""
@@ -109,7 +110,10 @@ class FitEvaluator(ModuleEvaluator):
         return listed(self.trainer.val_dataloaders)
 
     def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
-        """As outside a fit, on the fit's own training batches; the mean over ranks, each of which sees its share."""
+        """As outside a fit, on the fit's own training batches; the mean over ranks, each of which sees its share.
+
+        Layers that are in evaluation mode while the rest trains keep their statistics, on which the rest relies.
+        """
         reduce = self.trainer.strategy.reduce
         found = super().recalibrate(weights)
         found = {n: reduce(v, reduce_op="mean") if v.is_floating_point() else v for n, v in found.items()}

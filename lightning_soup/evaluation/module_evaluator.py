@@ -80,6 +80,7 @@ class ModuleEvaluator(Evaluator):
         self.module, self.metric, self.mode = module, metric, mode
         self.datamodule = self._data(datamodule)
         self.trainer = trainer or _quiet_trainer()
+        self._frozen_too = True  # modes say nothing outside a fit
         self._held: Any = None
         self._loaders: dict[str, list[Any]] = {}
         self._scores: dict[str, float] = {}
@@ -237,7 +238,7 @@ class ModuleEvaluator(Evaluator):
         with isolate_rng():
             torch.manual_seed(0)  # the same batches for the same weights
             batches = limited(self._training_loader(), self.trainer.limit_train_batches)
-            statistics = self._loops.recalibrate(batches)
+            statistics = self._loops.recalibrate(batches, self._frozen_too)
         return {name: value.clone() for name, value in statistics.items()}
 
     def _training_loader(self) -> Any:

@@ -98,14 +98,17 @@ class OwnLoops:
             logits, targets = (torch.cat(column) for column in zip(*parts, strict=True))
         return Outcome(logits.clone(), targets.clone(), groups, classes)
 
-    def recalibrate(self, batches: Iterable[Any]) -> dict[str, Tensor]:
+    def recalibrate(self, batches: Iterable[Any], frozen_too: bool = True) -> dict[str, Tensor]:
         """Replace BatchNorm statistics by their plain mean over batches, and count them; nothing else changes.
 
+        Args:
+            batches: To estimate on.
+            frozen_too: Also where a layer is in evaluation mode now.
+
         Returns:
-            The statistics by name; empty where there is no BatchNorm.
+            The statistics by name; empty where there is no such BatchNorm.
         """
-        parts = self.module.named_modules(remove_duplicate=False)
-        named = {name: p for name, p in parts if isinstance(p, _BatchNorm) and p.track_running_stats}
+        named = {name: part for name, part in normed(self.module).items() if frozen_too or part.training}
         layers = list(dict.fromkeys(named.values()))
         momenta = [layer.momentum for layer in layers]
         try:
@@ -179,6 +182,12 @@ class OwnLoops:
                 "(--report=false)."
             )
         return logits
+
+
+def normed(module: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers that have BatchNorm statistics, by every name that they have."""
+    parts = module.named_modules(remove_duplicate=False)
+    return {name: part for name, part in parts if isinstance(part, _BatchNorm) and part.track_running_stats}
 
 
 def _indices(step: Callable[..., Any], dataloader_idx: int) -> list[int]:
