@@ -41,19 +41,32 @@ def check_kept_files(trainer: Trainer) -> None:
         )
 
 
-def check_writable_on_rank_zero(trainer: Trainer, path: Path) -> None:
-    """Refuse a soup's file that rank 0 could not write; all ranks raise, so that none waits for the others."""
+def check_writable_on_rank_zero(
+    trainer: Trainer,
+    path: Path,
+    owner: str = "ModelSoup",
+    source: str = "It is the dirpath of ModelSoup, or that of ModelCheckpoint.",
+    instead: str = "Give ModelCheckpoint a local dirpath, or soup the checkpoints after training.",
+) -> None:
+    """Refuse a soup's file that rank 0 could not write; all ranks raise, so that none waits for the others.
+
+    Args:
+        trainer: The Trainer.
+        path: The file.
+        owner: The callback.
+        source: Where its folder comes from.
+        instead: What to do where the folder is not local.
+    """
     if re.match(r"[a-z][a-z0-9+.]+:/", str(path)):
         raise UnsupportedSetup(
-            f"ModelSoup: {path.parent} is no local folder, from which the checkpoints can be read. Give "
-            "ModelCheckpoint a local dirpath, or soup the checkpoints after training."
+            f"{owner}: {path.parent} is no local folder, from which the checkpoints can be read. {instead}"
         )
     error: LightningSoupError | None = None
     if trainer.is_global_zero:
         try:
             check_output(path)
         except UnwritableOutput as caught:
-            error = UnwritableOutput(f"ModelSoup: {caught} It is the dirpath of ModelSoup, or that of ModelCheckpoint.")
+            error = UnwritableOutput(f"{owner}: {caught} {source}")
     error = trainer.strategy.broadcast(error)
     if error is not None:
         raise error
@@ -71,11 +84,15 @@ def check_training_ends(trainer: Trainer, module: LightningModule) -> None:
 class WatchedMetric:
     """Whether validation logs the metric by which a soup is judged: looked up after each until one does.
 
+    Args:
+        owner: The callback, for messages.
+
     Attributes:
         logged: Whether a validation has logged it, on every rank; ``None`` before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "ModelSoup") -> None:
+        self.owner = owner
         self.logged: bool | None = None
         self._told = False
 
@@ -98,36 +115,40 @@ class WatchedMetric:
         logged = trainer.strategy.reduce_boolean_decision(metric in found, all=True)
         if trainer.sanity_checking:
             if purpose and found and not logged:
+                text = self._explained(trainer, metric, found)
                 rank_zero_warn(
-                    f"ModelSoup: {purpose}, but in the sanity check {_explained(trainer, metric, found)} If the first "
-                    "validation does not log it either, training ends there with an error."
+                    f"{self.owner}: {purpose}, but in the sanity check {text} If the first validation does not log it "
+                    "either, training ends there with an error."
                 )
             return
         self.logged = logged
         if logged:
             return
         if purpose:
-            raise UnsupportedSetup(f"ModelSoup: {purpose}, but {_explained(trainer, metric, found)}")
+            raise UnsupportedSetup(f"{self.owner}: {purpose}, but {self._explained(trainer, metric, found)}")
         if not self._told:
             self._told = True
-            rank_zero_warn(f"ModelSoup: the soup gets no score: {_explained(trainer, metric, found)}")
+            rank_zero_warn(f"{self.owner}: the soup gets no score: {self._explained(trainer, metric, found)}")
 
-
-def _explained(trainer: Trainer, metric: str, found: list[str]) -> str:
-    if metric in found:
-        return f"the metric {metric!r} is logged in validation on some ranks only. Log it on all, with sync_dist=True."
-    text = not_logged(metric, found)
-    if metric in _names(trainer.fit_loop.epoch_loop):
-        text += f" Training logs {metric!r}, but that says nothing of data that was held out."
-    elif metric in trainer.callback_metrics:
-        text += f" A callback reports {metric!r}, but callbacks are not at work while candidates are judged."
-    if not found:
-        return text
-    return f"{text} Name one of these, as in ModelSoup(monitor={found[0]!r}), or log {metric!r} in validation_step."
+    def _explained(self, trainer: Trainer, metric: str, found: list[str]) -> str:
+        if metric in found:
+            return (
+                f"the metric {metric!r} is logged in validation on some ranks only. Log it on all, with sync_dist=True."
+            )
+        text = not_logged(metric, found)
+        if metric in _names(trainer.fit_loop.epoch_loop):
+            text += f" Training logs {metric!r}, but that says nothing of data that was held out."
+        elif metric in trainer.callback_metrics:
+            text += f" A callback reports {metric!r}, but callbacks are not at work while candidates are judged."
+        if not found:
+            return text
+        named = f"{self.owner}(monitor={found[0]!r})"
+        return f"{text} Name one of these, as in {named}, or log {metric!r} in validation_step."
 
 
 def _names(loop: object) -> list[str]:
     """The metrics of a whole pass that were logged in a loop since it began, by their names in callback_metrics."""
     results = loop._results  # type: ignore[attr-defined]  # the Trainer's own dictionaries mix those of all loops
     fresh = [result for result in results.values() if result.meta.on_epoch and not result.has_reset]
+    fresh = [result for result in fresh if result.meta.fx != "on_validation_start"]  # callbacks, of the sparsity
     return sorted({name for result in fresh for name in results._forked_name(result, on_step=False)})
