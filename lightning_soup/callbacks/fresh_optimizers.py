@@ -1,7 +1,7 @@
 """Optimizers made anew within a fit, their learning rates, and the random numbers of an epoch."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from torch.optim import Optimizer
 
 from lightning_soup.callbacks.steps import OptimizerSteps
@@ -65,30 +66,63 @@ def _seen_by_the_module(trainer: Trainer, epochs: int, settings: Mapping[str, An
 
 
 def _set_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Set options of all groups but of those that are without: biases often have no weight decay."""
-    for group in optimizer.param_groups:
-        group.update({name: value for name, value in options.items() if group[name] != 0})
+    """Set options of all groups but of those that alone are without: biases often have no weight decay."""
+    for name, value in options.items():
+        for group in [group for group in optimizer.param_groups if group[name] != 0] or optimizer.param_groups:
+            group[name] = value
 
 
-def check_settings(trainer: Trainer, module: LightningModule, names: Mapping[str, Any]) -> None:
-    """Refuse to vary what neither the module nor its optimizer has.
+def check_settings(trainer: Trainer, module: LightningModule, vary: Mapping[str, Sequence[Any]], epochs: int) -> None:
+    """Refuse to vary what neither the module nor its optimizer has, or what changes nothing.
+
+    Args:
+        trainer: The Trainer, in ``fit``.
+        module: Its module.
+        vary: For each name the values of the copies.
+        epochs: How long a retraining is.
 
     Raises:
         UnsupportedSetup: There is such a name.
     """
     optimizer = trainer.optimizers[0]
-    for name in names:
+    for name, values in vary.items():
         if name not in module.hparams and not hasattr(module, name) and name not in optimizer.defaults:
             raise UnsupportedSetup(
                 f"vary: {type(module).__name__} has no hyperparameter {name!r}, and {type(optimizer).__name__} no such "
                 f"option. The module has {', '.join(module.hparams) or 'none (save_hyperparameters)'}; the optimizer "
                 f"{', '.join(optimizer.defaults)}; and there are seed, lr_max and retrain_epochs."
             )
+        if all(value == values[0] for value in values):
+            continue
+        made = [_optimizer_under(trainer, module, epochs, {name: value}) for value in values]
+        if any(first_rates(one) != first_rates(made[0]) for one in made):
+            raise UnsupportedSetup(
+                f"vary: {name}={list(values)} changes learning rates, which the schedule of each retraining sets. Vary "
+                "lr_max, the largest of them, instead."
+            )
+        if all(_options_of(one) == _options_of(made[0]) for one in made):
+            raise UnsupportedSetup(
+                f"vary: {name}={list(values)} changes nothing: only what {type(module).__name__}.configure_optimizers "
+                "reads, or an option of the optimizer, can differ between copies."
+            )
+
+
+def _optimizer_under(trainer: Trainer, module: LightningModule, epochs: int, settings: dict[str, Any]) -> Optimizer:
+    with _seen_by_the_module(trainer, epochs, settings) as left:
+        optimizer = _init_optimizers_and_lr_schedulers(module)[0][0]
+    _set_options(optimizer, left)
+    return optimizer
+
+
+def _options_of(optimizer: Optimizer) -> str:
+    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+    return f"{type(optimizer)} {groups}"
 
 
 def first_rates(optimizer: Optimizer) -> list[float]:
-    """The rate of each group as it was given, before any schedule."""
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    """The largest rate of each group as it was given, before any schedule; OneCycleLR is given it, and starts lower."""
+    groups = optimizer.param_groups
+    return [float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in groups]
 
 
 def set_rate(optimizer: Optimizer, rate: float, ratios: list[float]) -> None:

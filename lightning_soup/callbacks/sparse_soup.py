@@ -1,29 +1,25 @@
 """SparseModelSoup: prune, retrain copies, average them, and again, within one fit."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_soup.callbacks import sparse_soup_checks as checks
 from lightning_soup.callbacks.fresh_optimizers import first_rates, make_optimizers_anew, seed_epoch, set_rate
-from lightning_soup.callbacks.model_soup_checks import check_writable_on_rank_zero
+from lightning_soup.callbacks.model_soup_checks import WatchedMetric, check_writable_on_rank_zero
 from lightning_soup.callbacks.pruning_callback import PruningCallback
 from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule, adaptive_rate, retraining_rate
-from lightning_soup.callbacks.sparse_soup_files import CycleFiles, copy_of, soup_of, start_of
+from lightning_soup.callbacks.sparse_soup_cooking import Cooking
+from lightning_soup.callbacks.sparse_soup_files import CycleFiles, copy_of, folder_of, soup_of, start_of
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.evaluator import Evaluator, direction
-from lightning_soup.evaluation.fit_evaluator import FitEvaluator
-from lightning_soup.evaluation.recalibrated import RecalibratedEvaluator
+from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.layers.pruning import Rounding, check_selection, cycle_amounts
-from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup
 from lightning_soup.runs.tracking import log_soup
-from lightning_soup.weights.atomic import user_path
 
 
 class SparseModelSoup(PruningCallback):
@@ -36,8 +32,10 @@ class SparseModelSoup(PruningCallback):
 
     Each retraining begins with a new optimizer, a learning-rate schedule of its own (the module's schedules are
     followed in the dense training only, which they see as the whole), and random numbers that depend on the seed,
-    cycle and copy alone. It is resumable from any checkpoint; the files of the cycles in ``dirpath`` belong to it.
-    BatchNorm statistics are estimated anew before every evaluation and for every soup.
+    cycle and copy alone. It is resumable from any checkpoint, with the same options (but ``recipe``, ``monitor``,
+    ``mode``, ``dirpath`` and ``keep_copies``); the files of the cycles in ``dirpath`` belong to it. BatchNorm
+    statistics are estimated anew before every evaluation and for every soup, but where they are frozen: in layers that
+    are in evaluation mode during training.
 
     Selection uses the validation data, on which no copy trains. Metrics of different phases are those of models of
     different sparsity: a ``ModelCheckpoint`` with ``monitor`` would find the dense model best. Let it keep all files,
@@ -55,7 +53,8 @@ class SparseModelSoup(PruningCallback):
         dense_epochs: Epochs before the first pruning; 0: the weights that the fit begins with are pruned at once.
         recipe: How copies are combined: :class:`.UniformSoup` or another recipe, such as :class:`.GreedySoup`.
         vary: What differs between copies, a list of m values each: ``seed``, ``lr_max``, ``retrain_epochs``, a
-            hyperparameter of the module (``weight_decay``), or an option of its optimizer. By default the seed alone.
+            hyperparameter of the module that its ``configure_optimizers`` reads (``weight_decay``), or an option of its
+            optimizer. By default the seed alone.
         schedule: Learning rate of each retraining: see :func:`.retraining_rate`. ``llr``: linear to 0. ``allr``: the
             same, lower where little was pruned. ``clr``: cosine. ``slr``, ``lrw``, ``ft``: from the dense training.
         lr_max: The largest rate; None: that of the dense training, or of the optimizer that the module makes. Groups of
@@ -72,7 +71,8 @@ class SparseModelSoup(PruningCallback):
         seed: Of the first copy; the others count on.
         monitor: A metric that validation logs, by which copies and soups are scored.
         mode: ``"max"`` or ``"min"``; by default ``"min"`` for losses and errors.
-        dirpath: Folder of starts, copies and soups; by default ``sparse_soup`` in the run's folder.
+        dirpath: Folder of starts, copies and soups; by default ``sparse_soup`` in the run's folder, beside its
+            checkpoints. A resumed fit looks for files that were moved there too.
         keep_copies: Leave the copies and starts there when the fit ends.
 
     Attributes:
@@ -81,11 +81,11 @@ class SparseModelSoup(PruningCallback):
 
     Raises:
         UnsupportedSetup: Before training: ``max_epochs`` is not the total (which is named), an option has no meaning,
-            nothing is prunable, or a callback or strategy cannot go with it.
+            nothing is prunable, the checkpoint is of a fit with other options or without this callback, or a callback
+            or strategy cannot go with it.
 
     Source: Zimmer et al., Sparse Model Soups, ICLR 2024 (arXiv 2306.16788). The released code runs each copy as a job
-        of
-    its own, and takes the mask of the last.
+    of its own, and takes the mask of the last.
     """
 
     def __init__(
@@ -117,18 +117,17 @@ class SparseModelSoup(PruningCallback):
         self._amounts = cycle_amounts(sparsity, cycles, rounding)
         if check_selection(selection) and cycles != 1:
             raise UnsupportedSetup(f"selection={selection!r} prunes at once. Give cycles=1.")
-        self.sparsity, self.cycles, self.copies = sparsity, cycles, copies
+        self.sparsity, self.cycles, self.copies, self.rounding = float(sparsity), cycles, copies, rounding
         self.dense_epochs, self.pretraining_epochs = dense_epochs, pretraining_epochs
-        self.schedule, self.lr_max, self.lr_min = schedule, lr_max, lr_min
+        self.schedule, self.lr_max, self.lr_min = schedule, None if lr_max is None else float(lr_max), float(lr_min)
+        self.vary: dict[str, list[Any]] = dict(vary or {})
         checks.check_options(self, retrain_epochs, budget)
         each = retrain_epochs or (budget - dense_epochs) // (cycles * copies)
-        self.vary: dict[str, list[Any]] = dict(vary or {})
         self.retrain_epochs = checks.varied(self.vary, copies, each)
         self.plan = Plan.of(dense_epochs, cycles, self.retrain_epochs)
         self.recipe = recipe or UniformSoup()
         self.monitor, self.mode = monitor, mode or direction(monitor or "")
         self.dirpath, self.keep_copies = dirpath, keep_copies
-        self.soup: Soup | None = None
         self._forget()
 
     @property
@@ -144,6 +143,8 @@ class SparseModelSoup(PruningCallback):
         self._ratios: list[float] = []
         self._history: list[float] = []
         self._entered: int | None = None
+        self._watched = WatchedMetric("SparseModelSoup")
+        self.soup: Soup | None = None
         self._known_files: dict[str, list[str]] = {}
 
     # ------------------------------------------------------------------------------------------------ before training
@@ -164,13 +165,35 @@ class SparseModelSoup(PruningCallback):
         if trainer.fast_dev_run:
             return
         checks.check_optimizers(self, trainer, pl_module)
-        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "sparse_soup"
-        self._files = CycleFiles(user_path(trainer.strategy.broadcast(str(folder))), self._known_files)
-        check_writable_on_rank_zero(trainer, self._files.path(soup_of(self.cycles)))
+        folder = folder_of(trainer, self.dirpath, self._resumed is not None, self._known_files)
+        self._files = CycleFiles(folder, self._known_files)
+        told = "SparseModelSoup", "It is the dirpath of SparseModelSoup.", "Give SparseModelSoup a local dirpath."
+        check_writable_on_rank_zero(trainer, self._files.path(soup_of(self.cycles)), *told)
         if self._phase < len(self.plan) and self.plan[max(self._phase, 0)].cycle == 0:
             make_optimizers_anew(trainer, self.dense_epochs, schedules=True, keep=self._resumed is not None)
         else:
             trainer.strategy.lr_scheduler_configs = []
+
+    def _options(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in _FIXED}
+        return {**super()._options(), **own, "seed": int(self.seed), "vary": self.vary}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The length of an epoch, and what a checkpoint goes on from, are known now."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
+        if trainer.fit_loop.restarted_on_epoch_start:
+            # Saved while phases changed: Lightning would take the epoch before for this one, and train nothing.
+            trainer.fit_loop.epoch_loop.restarting = False
+        checks.steps_per_epoch(trainer)
+        if self._resumed is None:
+            checks.check_beginning(self, trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say at the first validation, not after the first cycle, that the metric is not logged."""
+        if self.monitor and trainer.state.fn == "fit" and not trainer.fast_dev_run:
+            self._watched.look(trainer, self.monitor, f"copies and soups are scored by {self.monitor!r}")
 
     # ------------------------------------------------------------------------------------------------ during training
 
@@ -188,13 +211,25 @@ class SparseModelSoup(PruningCallback):
             return
         self._entered, index = epoch, self.plan.index_at(epoch)
         if index != self._phase:
-            self._finish(trainer, module)
-            self._begin(trainer, module, index)
+            with self._whole(module):
+                self._finish(trainer, module)
+                self._begin(trainer, module, index)
         phase = self.plan[index]
         if phase.cycle:
             seeds = self.vary.get("seed", range(self.seed, self.seed + self.copies))
             number = (int(seeds[phase.copy]) * self.cycles + phase.cycle) * 10_007 + epoch - phase.first_epoch
             seed_epoch(trainer, number, begun)
+
+    @contextmanager
+    def _whole(self, module: LightningModule) -> Iterator[None]:
+        """Undo a change of phases that is interrupted, so that what is saved then (on_exception) can be resumed."""
+        kept = {name: deepcopy(getattr(self, name)) for name in _STATE}
+        try:
+            with self._pruned.whole(module):
+                yield
+        except BaseException:
+            self.__dict__.update(kept)
+            raise
 
     def _begin(self, trainer: Trainer, module: LightningModule, index: int) -> None:
         phase = self.plan[index]
@@ -255,7 +290,14 @@ class SparseModelSoup(PruningCallback):
                 f"{self.total_epochs}. The module holds what it was then; resume from a checkpoint to go on."
             )
             return
-        self._finish(trainer, pl_module)
+        if self._phase < 0:
+            raise UnsupportedSetup(
+                f"SparseModelSoup: with the checkpoint all {self.total_epochs} epochs are over, and it holds no state "
+                "of this callback, so nothing was pruned. Load its weights into the module, and begin a fit without "
+                "ckpt_path."
+            )
+        with self._whole(pl_module):
+            self._finish(trainer, pl_module)
         self._phase = len(self.plan)
         if not self.keep_copies:
             self._files.remove(trainer, [name for name in self._files.state() if not name.endswith("soup")])
@@ -272,25 +314,10 @@ class SparseModelSoup(PruningCallback):
     def _cook(self, trainer: Trainer, module: LightningModule, cycle: int) -> None:
         names = [copy_of(cycle, copy) for copy in range(self.copies)]
         copies = [Ingredient(self._files.open(name), label=name) for name in names]
-        inner = FitEvaluator(trainer, module, self.monitor or "", self.mode)
-        normed = any(isinstance(part, _BatchNorm) and part.track_running_stats for part in module.modules())
-        judge: Evaluator = RecalibratedEvaluator(inner) if normed else inner
-        evaluator = judge if self.monitor else None
-        scores = [evaluator.score(copy.weights) for copy in copies] if evaluator else []
-        if self.copies > 1:
-            shown = rich_progress if trainer.is_global_zero and trainer.progress_bar_callback is not None else silent
-            soup = self.recipe.without_start_check().cook(copies, evaluator, shown)
-        else:
-            soup = Soup("one copy", tuple(copies), (1.0,))
-        soup = replace(soup, coefficients=trainer.strategy.broadcast(soup.coefficients))
-        if normed:
-            soup = replace(soup, statistics={k: v.cpu() for k, v in inner.recalibrate(soup.weights()).items()})
-        soup.apply_to(module)
-        self._pruned.mask_weights()
-        score = inner.score(inner.slot()) if evaluator else None
-        self.soup = replace(soup, score=score, metric=self.monitor if evaluator else None, mode=self.mode)
+        cooking = Cooking(self.recipe, self.monitor, self.mode)
+        self.soup, scores = cooking.soup_of(trainer, module, copies, self._pruned)
         self._files.write_soup(trainer, soup_of(cycle), self.soup)
-        self._record(trainer, cycle, [judge.natural(value) for value in scores])
+        self._record(trainer, cycle, scores)
 
     def _record(self, trainer: Trainer, cycle: int, scores: list[float]) -> None:
         record = {"cycle": cycle, "sparsity": self.sparsity_reached, "copies": scores, "soup": self.soup.natural_score}
@@ -324,4 +351,16 @@ class SparseModelSoup(PruningCallback):
         self._known_files = dict(state_dict["files"])
 
 
+_FIXED = (
+    "sparsity",
+    "cycles",
+    "copies",
+    "retrain_epochs",
+    "dense_epochs",
+    "pretraining_epochs",
+    "schedule",
+    "lr_max",
+    "lr_min",
+    "rounding",
+)
 _STATE = ("records", "_phase", "_step", "_highest", "_ratios", "_history")

@@ -1,16 +1,17 @@
 """What ``SparseModelSoup`` refuses before any training."""
 
 import math
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_soup.callbacks.fresh_optimizers import check_settings
+from lightning_soup.callbacks.fresh_optimizers import check_settings, first_rates
 from lightning_soup.callbacks.live_average import LiveAverage
 from lightning_soup.callbacks.model_soup import ModelSoup
-from lightning_soup.callbacks.retraining import check_retraining
+from lightning_soup.callbacks.retraining import NEED_HISTORY, check_retraining
 from lightning_soup.errors import UnsupportedSetup
 
 if TYPE_CHECKING:
@@ -27,17 +28,27 @@ def check_options(callback: "SparseModelSoup", retrain_epochs: int | None, budge
     Raises:
         UnsupportedSetup: There is one.
     """
-    for name, least in (("copies", 1), ("dense_epochs", 0)):
-        value = getattr(callback, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UnsupportedSetup(f"{name}={value!r}: expected {least} or more.")
+    counts = {"copies": 1, "dense_epochs": 0, "pretraining_epochs": 1}
+    given = {name: getattr(callback, name) for name in counts} | {"retrain_epochs": retrain_epochs, "budget": budget}
+    for name, value in given.items():
+        if value is None and name not in ("copies", "dense_epochs"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < counts.get(name, 1):
+            raise UnsupportedSetup(f"{name}={value!r}: expected {counts.get(name, 1)} or more.")
     check_retraining(callback.schedule, callback.dense_epochs, callback.pretraining_epochs)
     if callback.lr_max is not None and not 0 < callback.lr_max < math.inf:
         raise UnsupportedSetup(f"lr_max={callback.lr_max}: expected more than 0.")
     if (retrain_epochs is None) == (budget is None):
         raise UnsupportedSetup("give retrain_epochs, the length of each retraining, or budget, the epochs in all.")
-    if retrain_epochs is not None and (not isinstance(retrain_epochs, int) or retrain_epochs < 1):
-        raise UnsupportedSetup(f"retrain_epochs={retrain_epochs!r}: expected 1 or more.")
+    if not 0 <= callback.lr_min < math.inf:
+        raise UnsupportedSetup(f"lr_min={callback.lr_min}: expected 0 or more.")
+    if callback.schedule in NEED_HISTORY and (callback.lr_max is not None or "lr_max" in callback.vary):
+        raise UnsupportedSetup(
+            f"schedule={callback.schedule!r} repeats learning rates of the dense training, so lr_max has no meaning. "
+            "Leave it out, or choose llr or clr."
+        )
+    if budget is not None and "retrain_epochs" in callback.vary:
+        raise UnsupportedSetup("vary: retrain_epochs says how long each copy trains, and so does budget. Give one.")
     if budget is not None:
         left, runs = budget - callback.dense_epochs, callback.cycles * callback.copies
         if left < runs or left % runs:
@@ -55,8 +66,11 @@ def varied(vary: dict[str, list[Any]], copies: int, epochs: int) -> list[int]:
         UnsupportedSetup: A list of varied values has not one for each copy.
     """
     for name, values in vary.items():
-        if isinstance(values, str) or len(values) != copies:
+        if isinstance(values, str) or not isinstance(values, Sized) or len(values) != copies:
             raise UnsupportedSetup(f"vary: {name}={values}: expected a list of {copies} values, one for each copy.")
+        vary[name] = [value.item() if hasattr(value, "item") else value for value in values]  # plain, for checkpoints
+    if any(not 0 < rate < math.inf for rate in vary.get("lr_max", [])):
+        raise UnsupportedSetup(f"vary: lr_max={vary['lr_max']}: expected numbers above 0.")
     each = vary.get("retrain_epochs", [epochs] * copies)
     if any(value != int(value) or value < 1 for value in each):
         raise UnsupportedSetup(f"vary: retrain_epochs={each}: expected whole numbers, 1 or more.")
@@ -92,6 +106,16 @@ def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: Lightni
             raise UnsupportedSetup(
                 f"{kind} compares models of different sparsity, and would end the fit before its soup. Remove it."
             )
+        if isinstance(other, GradientAccumulationScheduler) and len(set(other.scheduling.values())) > 1:
+            raise UnsupportedSetup(
+                f"{kind} changes how many steps an epoch has, which the schedules of the retrainings are made of. Give "
+                "Trainer(accumulate_grad_batches=…), the same throughout."
+            )
+        if isinstance(other, BaseFinetuning):
+            raise UnsupportedSetup(
+                f"{kind} changes the groups and rates of the optimizer by epochs of the fit, but each retraining has "
+                "an optimizer and rates of its own. Fine-tune first, and prune in a fit of its own with dense_epochs=0."
+            )
         if isinstance(other, _AVERAGES) or any(base.__name__ in _LIGHTNINGS_OWN for base in type(other).__mro__):
             raise UnsupportedSetup(
                 f"{kind} would average what belongs to different copies and sparsities. Remove it; the soups of this "
@@ -102,7 +126,13 @@ def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: Lightni
                 f"ModelCheckpoint(monitor={other.monitor!r}) compares models of different sparsity: the dense one will "
                 "be its best. The soups are in the folder of SparseModelSoup."
             )
-    if callback.recipe.needs_evaluator and not (callback.monitor and trainer.enable_validation):
+    if callback.monitor and not trainer.enable_validation:
+        raise UnsupportedSetup(
+            f"SparseModelSoup(monitor={callback.monitor!r}) scores copies and soups by a validation metric, but there "
+            "is no validation (limit_val_batches=0, no val_dataloader, or no validation_step). Add it, or leave "
+            "monitor out and use UniformSoup."
+        )
+    if callback.recipe.needs_evaluator and not callback.monitor:
         raise UnsupportedSetup(
             f"{type(callback.recipe).__name__} chooses by a validation metric. Give SparseModelSoup(monitor='val_acc') "
             "and validation data, or use UniformSoup."
@@ -110,14 +140,37 @@ def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: Lightni
 
 
 def check_optimizers(callback: "SparseModelSoup", trainer: Trainer, module: LightningModule) -> None:
-    """Refuse to vary what is not there.
+    """Refuse to vary what is not there, or has no effect.
 
     Raises:
-        UnsupportedSetup: There are several optimizers, the training data has no length, or a name is unknown.
+        UnsupportedSetup: There are several optimizers, or a name is unknown or changes nothing.
     """
     if len(trainer.optimizers) != 1:
         raise UnsupportedSetup(f"SparseModelSoup needs one optimizer, and there are {len(trainer.optimizers)}.")
-    check_settings(trainer, module, {name: 0 for name in callback.vary if name not in OUR_OWN})
+    if not max(first_rates(trainer.optimizers[0])) > 0:
+        raise UnsupportedSetup(
+            "SparseModelSoup scales the learning rates that the module gives its optimizer, and they are 0. Let "
+            "configure_optimizers give the largest rate, and leave a warm-up to a schedule."
+        )
+    vary = {name: values for name, values in callback.vary.items() if name not in OUR_OWN}
+    check_settings(trainer, module, vary, max(callback.retrain_epochs))
+
+
+def check_beginning(callback: "SparseModelSoup", trainer: Trainer) -> None:
+    """Refuse to go on from a checkpoint without the state of the callback where that would be missed.
+
+    Raises:
+        UnsupportedSetup: The checkpoint was made without it, after the dense training or with a history that is needed.
+    """
+    epoch, history = trainer.current_epoch, callback.schedule in NEED_HISTORY
+    if epoch <= callback.dense_epochs and not (trainer.global_step and history):
+        return
+    needs = f"schedule={callback.schedule!r} needs its learning rates" if history else "it cannot tell what was pruned"
+    raise UnsupportedSetup(
+        f"SparseModelSoup: the checkpoint of epoch {epoch}, step {trainer.global_step}, holds no state of it: it was "
+        f"trained without it, and {needs}. Load its weights into the module, and begin a fit of its own without "
+        "ckpt_path (dense_epochs=0 prunes them at once)."
+    )
 
 
 def steps_per_epoch(trainer: Trainer) -> int:

@@ -1,12 +1,14 @@
 """The files of a sparse soup: the start of each cycle, its copies, and its soups."""
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_soup.errors import LightningSoupError
@@ -14,7 +16,7 @@ from lightning_soup.layers.costs import layer_costs, write_costs
 from lightning_soup.layers.masks import Masks
 from lightning_soup.recipes import Soup
 from lightning_soup.runs.figures_sparse import curves_of, sparse_picture
-from lightning_soup.weights.atomic import atomic_path
+from lightning_soup.weights.atomic import atomic_path, user_path
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.weights_file import WeightsFile, metric_prefixes, open_checkpoint
 
@@ -40,23 +42,36 @@ class CycleFiles:
         return self.folder / f"{name}.ckpt"
 
     def write(self, trainer: Trainer, name: str) -> None:
-        """Save the module's weights, on rank 0."""
-        path = self.path(name)
-        trainer.save_checkpoint(path, weights_only=True)
-        self._known[name] = trainer.strategy.broadcast([str(path), open_checkpoint(path).digest()])
+        """Save the module's weights, on rank 0; a failure is raised on every rank."""
+        # Not by trainer.save_checkpoint: it may write later (AsyncCheckpointIO), ranks would wait for one that failed,
+        # and what a module makes of its files (on_save_checkpoint) does not fit it without the way back.
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        content["state_dict"] = trainer.strategy.lightning_module_state_dict()
+
+        def save(path: Path) -> None:
+            with atomic_path(path) as temporary:
+                torch.save(content, temporary)
+
+        self._write(trainer, name, save)
 
     def write_soup(self, trainer: Trainer, name: str, soup: Soup) -> None:
         """Save a soup with its provenance, on rank 0; a failure is raised on every rank."""
-        path, error = self.path(name), None
+        self._write(trainer, name, soup.save)
+
+    def _write(self, trainer: Trainer, name: str, save: Callable[[Path], object]) -> None:
+        path, error, found = self.path(name), None, None
         if trainer.is_global_zero:
             try:
-                soup.save(path)
+                save(path)
+                found = [str(path.absolute()), open_checkpoint(path).digest()]
             except LightningSoupError as caught:
                 error = caught
-        error = trainer.strategy.broadcast(error)
+            except Exception as caught:
+                error = LightningSoupError(f"{path} was not written ({type(caught).__name__}: {caught}).")
+        error, found = trainer.strategy.broadcast((error, found))
         if error is not None:
             raise error
-        self._known[name] = trainer.strategy.broadcast([str(path), open_checkpoint(path).digest()])
+        self._known[name] = found
 
     def write_report(self, trainer: Trainer, masks: Masks, records: Sequence[Mapping[str, Any]], metric: str) -> None:
         """Write the masks, for :class:`.SparsityMask`, what is left of each layer, and a picture, on rank 0."""
@@ -72,16 +87,20 @@ class CycleFiles:
             sparse_picture(curves_of(records), masks, metric, self.folder / "sparse_soup.png")
 
     def open(self, name: str) -> WeightsFile:
-        """Open a file of this fit.
+        """Open a file of this fit, where it was written or, if that was moved, in the present folder.
 
         Raises:
             LightningSoupError: It is gone, or was written over by another fit.
         """
         path, digest = self._known[name]
+        moved = self.path(name)
+        if not os.path.exists(path) and moved.exists() and open_checkpoint(moved).digest() == digest:
+            path = str(moved.absolute())
+            self._known[name] = [path, digest]
         if not os.path.exists(path):
             raise LightningSoupError(
-                f"{path} is gone, which this fit comes back to ({name}). Put it back, or begin the fit anew; keep the "
-                "folder of SparseModelSoup with the checkpoint."
+                f"{path} is gone, which this fit comes back to ({name}). Put it back, name the folder it is in now "
+                "with SparseModelSoup(dirpath=…), or begin the fit anew."
             )
         found = open_checkpoint(path)
         if found.digest() != digest:
@@ -102,6 +121,42 @@ class CycleFiles:
             if trainer.is_global_zero and os.path.exists(path):
                 os.unlink(path)
         trainer.strategy.barrier("sparse soup files")
+
+
+def folder_of(trainer: Trainer, dirpath: str | None, resumed: bool, known: dict[str, list[str]]) -> Path:
+    """Where the files of a fit go, the same on every rank.
+
+    Args:
+        trainer: The Trainer.
+        dirpath: What the user gave. None: ``sparse_soup`` beside where ModelCheckpoint puts its own by default, in the
+            run's folder. Where there is no such folder (no logger), fits get one each: ``sparse_soup-v1``.
+        resumed: Whether the fit goes on from a checkpoint, whose files may be there.
+        known: The files of that checkpoint.
+    """
+    given = user_path(dirpath) if dirpath else _folder_of_run(trainer) / "sparse_soup"
+    if dirpath:
+        if not resumed and trainer.is_global_zero and _taken(given):
+            rank_zero_warn(
+                f"SparseModelSoup: {given} has files of another fit, which this one writes over. Give each fit a "
+                "dirpath of its own to keep them."
+            )
+    elif trainer.is_global_zero and not any(Path(path).parent == given.absolute() for path, _ in known.values()):
+        names = (given.with_name(f"{given.name}-v{number}") for number in itertools.count(1))
+        given = next(folder for folder in itertools.chain([given], names) if not _taken(folder))
+    return Path(trainer.strategy.broadcast(str(given)))
+
+
+def _folder_of_run(trainer: Trainer) -> Path:
+    """As ModelCheckpoint finds it."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+
+
+def _taken(folder: Path) -> bool:
+    return any(folder.glob("cycle=*.ckpt"))
 
 
 def start_of(cycle: int) -> str:

@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -232,6 +233,7 @@ class TestProcedure:
         assert peak == pytest.approx([0.1, 0.4])
         assert all(4 * a == pytest.approx(b) for a, b in seen)
 
+    @pytest.mark.filterwarnings("ignore:.*layers have no weight left")
     def test_accumulation(self, tmp_path):
         soup, _ = fit(tmp_path, trainer={"accumulate_grad_batches": 4})
         assert soup.records[-1]["sparsity"] == round(SIZE * 0.8) / SIZE
@@ -239,9 +241,9 @@ class TestProcedure:
 
     def test_other_selections_and_roundings(self, tmp_path):
         for selection in ("uniform", "lamp", "erk", "random"):
-            soup, _ = fit(tmp_path, selection=selection, rounding="compound")
+            soup, _ = fit(tmp_path / selection, selection=selection, rounding="compound")
             assert soup.masks.pruned == pytest.approx(SIZE * 0.8, abs=1)
-        soup, _ = fit(tmp_path, selection="2:4", sparsity=0.5, cycles=1, skip_head=True)
+        soup, _ = fit(tmp_path / "2:4", selection="2:4", sparsity=0.5, cycles=1, skip_head=True)
         assert soup.masks.sparsity == 0.5
 
 
@@ -352,6 +354,7 @@ class TestResume:
         whole = self._run(tmp_path)
         self._run(tmp_path, seed=99, ckpt_path=tmp_path / "ckpt" / "step=60.ckpt").same_as(whole)
 
+    @pytest.mark.filterwarnings("ignore:.*has files of another fit, which this one writes over")
     def test_a_second_fit_begins_anew(self, tmp_path):
         first = self._run(tmp_path / "a")
         torch.manual_seed(3)
@@ -395,6 +398,11 @@ def _train_on_a_rank(folder):
         options = {"monitor": "val_loss", "recipe": GreedySoup()}
         trainer = {"devices": 2, "strategy": "ddp"}
         soup, module = fit(folder, module=Cosine(batch_norm=True), data=loaders(8), trainer=trainer, **options)
+        broken = mock.patch(
+            "lightning_soup.callbacks.sparse_soup_files.torch.save", side_effect=OSError(28, "no space")
+        )
+        with broken, pytest.raises(LightningSoupError, match="the disk is full"):  # on rank 0, said on both
+            fit(f"{folder}/full", module=Cosine(batch_norm=True), data=loaders(8), trainer=trainer, **options)
     masks = [soup.masks[name].numpy() for name in soup.masks]
     return [*masks, *(value.numpy() for value in module.state_dict().values())], soup.records
 
