@@ -101,6 +101,9 @@ class OwnLoops:
     def recalibrate(self, batches: Iterable[Any], frozen_too: bool = True) -> dict[str, Tensor]:
         """Replace BatchNorm statistics by their plain mean over batches, and count them; nothing else changes.
 
+        Batches go through ``validation_step``, or where there is none through ``predict_step`` or the module. A layer
+        that they do not reach keeps the statistics it has.
+
         Args:
             batches: To estimate on.
             frozen_too: Also where a layer is in evaluation mode now.
@@ -111,6 +114,8 @@ class OwnLoops:
         named = {name: part for name, part in normed(self.module).items() if frozen_too or part.training}
         layers = list(dict.fromkeys(named.values()))
         momenta = [layer.momentum for layer in layers]
+        before = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers]
+        step = self._validation_step if is_overridden("validation_step", self.module) else self._predict
         try:
             with self.apart(), torch.no_grad():
                 for layer in layers:
@@ -118,7 +123,11 @@ class OwnLoops:
                     layer.momentum = None  # torch's way to ask for a plain mean
                     layer.train()
                 for batch in batches if layers else ():
-                    self._validation_step(batch)
+                    step(batch)
+                for layer, kept in zip(layers, before, strict=True):
+                    if not layer.num_batches_tracked:
+                        for buffer, value in zip(layer.buffers(recurse=False), kept, strict=True):
+                            buffer.copy_(value)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
