@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint
+from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint, UnsupportedSetup
 from lightning_soup.layers.masks import NOT_PRUNABLE, Masks, prunable
 from lightning_soup.layers.pruning import Of, prune_
 from lightning_soup.weights.atomic import user_path
@@ -123,8 +123,19 @@ class PrunedWeights:
         self.masks.apply_(self.tensors)
 
     def mask_gradients(self) -> None:
-        """Make gradients of pruned weights zero."""
-        self.masks.apply_({name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None})
+        """Make gradients of pruned weights zero.
+
+        Raises:
+            UnsupportedSetup: A gradient is sparse: that of an embedding that asks for it.
+        """
+        gradients = {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
+        sparse = [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]
+        if sparse:
+            raise UnsupportedSetup(
+                f"{sparse[0]} has sparse gradients, on which no mask can be laid. Leave it out (exclude), or make the "
+                "embedding with sparse=False."
+            )
+        self.masks.apply_(gradients)
 
     def mask_optimizer(self, optimizer: Optimizer) -> None:
         """Make pruned weights that an optimizer moves zero, and what it remembers of them: momentum and the like."""

@@ -14,7 +14,7 @@ from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.masks import Masks
-from lightning_soup.layers.pruning import check_selection
+from lightning_soup.layers.pruning import check_selection, check_shapes
 
 
 class PruningCallback(Callback):
@@ -26,6 +26,7 @@ class PruningCallback(Callback):
     weight.
 
     Args:
+        sparsity: The share of the prunable weights that is pruned in the end; None: no more than is given.
         selection: What is pruned first; see :func:`.prune_`.
         exclude: Patterns of parameters that are not pruned; None: embeddings, tokens and temperatures.
         skip_first: Leave out the input layer.
@@ -35,6 +36,7 @@ class PruningCallback(Callback):
 
     def __init__(
         self,
+        sparsity: float | None,
         selection: str,
         exclude: Sequence[str] | None,
         skip_first: bool,
@@ -44,6 +46,7 @@ class PruningCallback(Callback):
         check_selection(selection)
         if isinstance(exclude, str):
             raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
+        self.sparsity = None if sparsity is None else float(sparsity)
         self.selection, self.seed = selection, seed
         self.exclude = None if exclude is None else list(exclude)
         self.skip_first, self.skip_head = skip_first, skip_head
@@ -91,13 +94,19 @@ class PruningCallback(Callback):
             if callback is not self and isinstance(callback, PruningCallback):
                 raise UnsupportedSetup(f"{name} stands beside another {kind}, and both prune. Keep one of them.")
         if any(True for _ in pl_module.parameters()):  # else they are made in configure_model
-            PrunedWeights(pl_module, self.exclude, self.skip_first, self.skip_head)
+            self._find_weights(pl_module)
+
+    def _find_weights(self, module: LightningModule) -> PrunedWeights:
+        found = PrunedWeights(module, self.exclude, self.skip_first, self.skip_head)
+        if self.sparsity is not None:
+            check_shapes(found.tensors, self.selection, self.sparsity)
+        return found
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights on their device, and lay the masks of a checkpoint or of an earlier fit over them."""
         self._check_options()
         earlier = self._pruned
-        self._pruned = PrunedWeights(pl_module, self.exclude, self.skip_first, self.skip_head)
+        self._pruned = self._find_weights(pl_module)
         if self._resumed is not None:
             self._pruned.resume(self._resumed, "the checkpoint")
         elif earlier is not None and earlier.is_of(self._pruned.tensors):

@@ -113,11 +113,11 @@ class SparseModelSoup(PruningCallback):
         dirpath: str | None = None,
         keep_copies: bool = True,
     ) -> None:
-        super().__init__(selection, exclude, skip_first, skip_head, seed)
         self._amounts = cycle_amounts(sparsity, cycles, rounding)
+        super().__init__(sparsity, selection, exclude, skip_first, skip_head, seed)
         if check_selection(selection) and cycles != 1:
             raise UnsupportedSetup(f"selection={selection!r} prunes at once. Give cycles=1.")
-        self.sparsity, self.cycles, self.copies, self.rounding = float(sparsity), cycles, copies, rounding
+        self.cycles, self.copies, self.rounding = cycles, copies, rounding
         self.dense_epochs, self.pretraining_epochs = dense_epochs, pretraining_epochs
         self.schedule, self.lr_max, self.lr_min = schedule, None if lr_max is None else float(lr_max), float(lr_min)
         self.vary: dict[str, list[Any]] = dict(vary or {})

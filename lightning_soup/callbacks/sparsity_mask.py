@@ -71,16 +71,16 @@ class SparsityMask(PruningCallback):
         seed: int = 0,
         masks_from: str | None = None,
     ) -> None:
-        super().__init__(selection, exclude, skip_first, skip_head, seed)
         if sparsity is not None:
             cycle_amounts(sparsity, 1)
         elif masks_from is None or stop is not None:
             raise UnsupportedSetup(
                 "SparsityMask: give sparsity, the share to prune; without it only masks_from is kept."
             )
+        super().__init__(sparsity, selection, exclude, skip_first, skip_head, seed)
         if check_selection(selection) and stop is not None:
             raise UnsupportedSetup(f"selection={selection!r} prunes at once. Leave stop={stop!r} out.")
-        self.sparsity, self.masks_from = None if sparsity is None else float(sparsity), masks_from
+        self.masks_from = masks_from
         self._schedule = Schedule(start, stop, every, owner=type(self).__name__)
         self._steps_done = 0
         self._ticks = 0

@@ -12,7 +12,16 @@ from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.layers.masks import Masks, pruned_in
 from lightning_soup.layers.thresholds import kth_smallest
 
-__all__ = ["Of", "Rounding", "check_selection", "cubic_sparsity", "cycle_amounts", "erk_densities", "prune_"]
+__all__ = [
+    "Of",
+    "Rounding",
+    "check_selection",
+    "check_shapes",
+    "cubic_sparsity",
+    "cycle_amounts",
+    "erk_densities",
+    "prune_",
+]
 
 Rounding = Literal["direct", "compound"]
 Of = Literal["all", "survivors"]
@@ -233,7 +242,16 @@ def _rows(name: str, tensor: Tensor, mask: Tensor, amount: float, of: Of) -> Ten
     return new
 
 
-def _n_of_m(tensors: Mapping[str, Tensor], old: list[Tensor], n: int, m: int, amount: float) -> list[Tensor]:
+def check_shapes(tensors: Mapping[str, Tensor], selection: str, amount: float) -> None:
+    """Refuse N:M of another amount, or of tensors that do not divide; other selections take any.
+
+    Raises:
+        UnsupportedSetup: It is so.
+    """
+    grouped = check_selection(selection)
+    if grouped is None:
+        return
+    n, m = grouped
     if not math.isclose(amount, 1 - n / m):
         raise UnsupportedSetup(f"{n}:{m} prunes {1 - n / m:g} of the weights at once, not {amount:g}: ask for that.")
     odd = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape[1] % m}
@@ -241,6 +259,10 @@ def _n_of_m(tensors: Mapping[str, Tensor], old: list[Tensor], n: int, m: int, am
         raise UnsupportedSetup(
             f"{n}:{m} needs numbers of inputs (dimension 1) that divide by {m}, but not these: {odd}. Exclude them."
         )
+
+
+def _n_of_m(tensors: Mapping[str, Tensor], old: list[Tensor], n: int, m: int, amount: float) -> list[Tensor]:
+    check_shapes(tensors, f"{n}:{m}", amount)
     new = []
     for tensor, mask in zip(tensors.values(), old, strict=True):
         scores = tensor.abs().masked_fill(~mask, -1.0).movedim(1, -1).unflatten(-1, (-1, m))

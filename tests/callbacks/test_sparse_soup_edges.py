@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -246,6 +246,32 @@ class TestModules:
         assert not module.net[1].running_mean.any()
         assert not open_checkpoint(tmp_path / "cycle=2-soup.ckpt")["net.1.running_mean"].any()
 
+    def test_statistics_are_estimated_without_a_validation_step(self, tmp_path):
+        class Trains(Cosine):
+            validation_step = LightningModule.validation_step
+
+            def forward(self, x):
+                return self.net(x)
+
+        train, _ = loaders()
+        module, soup = Trains(batch_norm=True), SparseModelSoup(**SMALL, dirpath=str(tmp_path))
+        quiet_trainer(max_epochs=-1, callbacks=[soup]).fit(module, train)
+        means = torch.stack([module.net[0](x).detach().mean(0) for x, _ in train])
+        torch.testing.assert_close(module.net[1].running_mean, means.mean(0))
+
+    def test_statistics_that_validation_does_not_reach_stay(self, tmp_path):
+        class Auxiliary(Cosine):
+            def __init__(self):
+                super().__init__(batch_norm=True)
+                self.side = nn.BatchNorm1d(8)
+
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) + self.side(batch[0]).square().mean()
+
+        _, module = fit(tmp_path, module=Auxiliary())
+        assert module.side.running_mean.any()
+        assert module.net[1].num_batches_tracked == 6
+
     @pytest.mark.parametrize("recipe", [None, GreedySoup()])
     def test_a_weight_that_happens_to_be_zero_in_one_copy(self, recipe, tmp_path):
         class Vanish(Callback):
@@ -350,6 +376,20 @@ class TestRefused:
         rates = Rates()
         fit(tmp_path, callbacks=[GradientAccumulationScheduler({0: 2}), rates], dense_epochs=0)
         assert rates.seen[:6] == pytest.approx([0.05, 0.05, 0.05 * 2 / 3, 0.05 * 2 / 3, 0.05 / 3, 0.05 / 3])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"selection": "2:8", "sparsity": 0.5}, "2:8 prunes 0.75 of the weights at once, not 0.5"),
+            ({"selection": "8:16", "sparsity": 0.5}, "numbers of inputs .* that divide by 16"),
+        ],
+        ids=str,
+    )
+    def test_groups_that_do_not_fit_are_told_before_the_dense_training(self, options, message, tmp_path):
+        rates = Rates()
+        with pytest.raises(UnsupportedSetup, match=message):
+            fit(tmp_path, callbacks=[rates], cycles=1, **options)
+        assert not rates.seen
 
     def test_a_metric_without_validation(self, tmp_path):
         with pytest.raises(UnsupportedSetup, match="there is no validation"):

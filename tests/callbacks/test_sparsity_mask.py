@@ -238,6 +238,18 @@ class TestInvariants:
         assert set(mask.masks) == {"net.0.weight", "net.3.weight"}
         assert module.judge.net.weight.all()
 
+    def test_sparse_gradients_are_refused(self):
+        class Looks(TinyClassifier):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(10, 4, sparse=True)
+
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) + self.table(batch[1]).sum()
+
+        with pytest.raises(UnsupportedSetup, match=r"table\.weight has sparse gradients"):
+            fit(SparsityMask(0.5), module=Looks())
+
     def test_layers_that_are_left_without_weights_are_named(self):
         with pytest.warns(UserWarning, match=r"1 of 2 layers have no weight left: net\.0\.weight.*Prune less"):
             fit(SparsityMask(0.9))
