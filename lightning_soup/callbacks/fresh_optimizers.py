@@ -17,7 +17,12 @@ from lightning_soup.errors import UnsupportedSetup
 
 
 def make_optimizers_anew(
-    trainer: Trainer, epochs: int, schedules: bool, settings: Mapping[str, Any] | None = None, keep: bool = False
+    trainer: Trainer,
+    epochs: int,
+    schedules: bool,
+    settings: Mapping[str, Any] | None = None,
+    keep: bool = False,
+    first: list[dict[str, Any]] | None = None,
 ) -> None:
     """Ask the module for its optimizers once more, as at the beginning of a fit.
 
@@ -27,8 +32,10 @@ def make_optimizers_anew(
         schedules: Whether its learning-rate schedules are followed.
         settings: Hyperparameters of the module that are other ones while it is asked, or options of the optimizer.
         keep: Whether the new ones go on from the states of those that are there.
+        first: The options that the optimizer had at the beginning of the fit (:func:`options_of`), for a module that
+            has made it once and gives the same one again, as LightningCLI's ``--optimizer`` does.
     """
-    strategy = trainer.strategy
+    strategy, before = trainer.strategy, list(trainer.optimizers)
     states = [optimizer.state_dict() for optimizer in strategy.optimizers] if keep else []
     rates = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs] if keep else []
     with _seen_by_the_module(trainer, epochs, settings or {}) as left:
@@ -39,7 +46,13 @@ def make_optimizers_anew(
     for config, state in zip(strategy.lr_scheduler_configs, rates, strict=False):
         config.scheduler.load_state_dict(state)
     for optimizer in strategy.optimizers:
-        _set_options(optimizer, left)
+        again = any(optimizer is other for other in before)
+        if again and first is not None:
+            optimizer.state.clear()
+            _restore_options(optimizer, first)
+        _set_options(
+            optimizer, {n: v for n, v in (settings or {}).items() if n in optimizer.defaults} if again else left
+        )
     if not schedules:
         strategy.lr_scheduler_configs = []
     OptimizerSteps.of(trainer)  # listens to the new ones from now on
@@ -94,29 +107,44 @@ def check_settings(trainer: Trainer, module: LightningModule, vary: Mapping[str,
             )
         if all(value == values[0] for value in values):
             continue
-        made = [_optimizer_under(trainer, module, epochs, {name: value}) for value in values]
-        if any(first_rates(one) != first_rates(made[0]) for one in made):
+        made = [_made_under(trainer, module, epochs, {name: value}) for value in values]
+        if any(rates != made[0][0] for rates, _ in made):
             raise UnsupportedSetup(
                 f"vary: {name}={list(values)} changes learning rates, which the schedule of each retraining sets. Vary "
                 "lr_max, the largest of them, instead."
             )
-        if all(_options_of(one) == _options_of(made[0]) for one in made):
+        if all(options == made[0][1] for _, options in made):
             raise UnsupportedSetup(
                 f"vary: {name}={list(values)} changes nothing: only what {type(module).__name__}.configure_optimizers "
                 "reads, or an option of the optimizer, can differ between copies."
             )
 
 
-def _optimizer_under(trainer: Trainer, module: LightningModule, epochs: int, settings: dict[str, Any]) -> Optimizer:
+def _made_under(
+    trainer: Trainer, module: LightningModule, epochs: int, settings: dict[str, Any]
+) -> tuple[list[float], str]:
+    """The largest rates of the optimizer that a module makes, and all of its options."""
     with _seen_by_the_module(trainer, epochs, settings) as left:
         optimizer = _init_optimizers_and_lr_schedulers(module)[0][0]
-    _set_options(optimizer, left)
-    return optimizer
+    kept = options_of(optimizer)
+    _set_options(optimizer, settings if optimizer in trainer.optimizers else left)
+    found = first_rates(optimizer), f"{type(optimizer)} {options_of(optimizer)}"
+    _restore_options(optimizer, kept)
+    return found
 
 
-def _options_of(optimizer: Optimizer) -> str:
-    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
-    return f"{type(optimizer)} {groups}"
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each group."""
+    return [_copied({n: value for n, value in group.items() if n != "params"}) for group in optimizer.param_groups]
+
+
+def _restore_options(optimizer: Optimizer, options: list[dict[str, Any]]) -> None:
+    for group, kept in zip(optimizer.param_groups, options, strict=True):
+        group.update(_copied(kept))
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
 def first_rates(optimizer: Optimizer) -> list[float]:

@@ -9,7 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_soup.callbacks import sparse_soup_checks as checks
-from lightning_soup.callbacks.fresh_optimizers import first_rates, make_optimizers_anew, seed_epoch, set_rate
+from lightning_soup.callbacks.fresh_optimizers import (
+    first_rates,
+    make_optimizers_anew,
+    options_of,
+    seed_epoch,
+    set_rate,
+)
 from lightning_soup.callbacks.model_soup_checks import WatchedMetric, check_writable_on_rank_zero
 from lightning_soup.callbacks.pruning_callback import PruningCallback
 from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule, adaptive_rate, retraining_rate
@@ -146,6 +152,7 @@ class SparseModelSoup(PruningCallback):
         self._watched = WatchedMetric("SparseModelSoup")
         self.soup: Soup | None = None
         self._known_files: dict[str, list[str]] = {}
+        self._first_options: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------------------------------------ before training
 
@@ -165,6 +172,7 @@ class SparseModelSoup(PruningCallback):
         if trainer.fast_dev_run:
             return
         checks.check_optimizers(self, trainer, pl_module)
+        self._first_options = options_of(trainer.optimizers[0])
         folder = folder_of(trainer, self.dirpath, self._resumed is not None, self._known_files)
         self._files = CycleFiles(folder, self._known_files)
         told = "SparseModelSoup", "It is the dirpath of SparseModelSoup.", "Give SparseModelSoup a local dirpath."
@@ -241,7 +249,7 @@ class SparseModelSoup(PruningCallback):
         else:
             self._files.load(start_of(phase.cycle), module)
         own = {name: values[phase.copy] for name, values in self.vary.items() if name not in checks.OUR_OWN}
-        make_optimizers_anew(trainer, phase.epochs, schedules=False, settings=own)
+        make_optimizers_anew(trainer, phase.epochs, schedules=False, settings=own, first=self._first_options)
         rates = first_rates(trainer.optimizers[0])
         self._ratios = [rate / max(rates) for rate in rates]
         set_rate(trainer.optimizers[0], self._rate(trainer), self._ratios)

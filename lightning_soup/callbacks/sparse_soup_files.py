@@ -140,9 +140,13 @@ def folder_of(trainer: Trainer, dirpath: str | None, resumed: bool, known: dict[
                 f"SparseModelSoup: {given} has files of another fit, which this one writes over. Give each fit a "
                 "dirpath of its own to keep them."
             )
-    elif trainer.is_global_zero and not any(Path(path).parent == given.absolute() for path, _ in known.values()):
+    elif trainer.is_global_zero:
+        own = [folder for folder in (Path(path).parent for path, _ in known.values()) if folder.exists()]
+        own = [folder for folder in own if folder.parent == given.absolute().parent]
         names = (given.with_name(f"{given.name}-v{number}") for number in itertools.count(1))
-        given = next(folder for folder in itertools.chain([given], names) if not _taken(folder))
+        given = next(
+            folder for folder in itertools.chain(own[-1:], [given], names) if folder in own or not _taken(folder)
+        )
     return Path(trainer.strategy.broadcast(str(given)))
 
 

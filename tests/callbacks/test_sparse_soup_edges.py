@@ -181,11 +181,12 @@ class TestFiles:
     def test_a_resumed_fit_stays_in_its_folder(self, tmp_path):
         keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_top_k=-1, filename="{step}")
         options = {"dirpath": None, "trainer": {"default_root_dir": tmp_path, "enable_checkpointing": True}}
+        fit("", **options)
         with pytest.raises(RuntimeError, match="power cut"):
             fit("", callbacks=[CutAt(16), keep], **options)
         fit("", ckpt_path=tmp_path / "ckpt" / "step=12.ckpt", **options)
-        assert len(list((tmp_path / "sparse_soup").iterdir())) == 8
-        assert not (tmp_path / "sparse_soup-v1").exists()
+        assert len(list((tmp_path / "sparse_soup-v1").iterdir())) == 8
+        assert not (tmp_path / "sparse_soup-v2").exists()
 
     def test_they_lie_beside_the_checkpoints_of_the_run(self, tmp_path):
         class Shared(CSVLogger):
@@ -295,6 +296,29 @@ class TestModules:
         rates = Rates()
         fit(tmp_path, module=OneCycle(), dense_epochs=0, callbacks=[rates])
         assert max(rates.seen) == pytest.approx(0.1)
+
+    def test_an_optimizer_that_is_made_once_begins_anew_too(self, tmp_path):
+        """As LightningCLI's ``--optimizer``; beside one that makes a new one each time."""
+
+        class Once(TinyClassifier):
+            def __init__(self):
+                super().__init__()
+                self.made = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+
+            def configure_optimizers(self):
+                return self.made
+
+        class Anew(TinyClassifier):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+
+        ends = []
+        for make in (Once, Anew):
+            torch.manual_seed(3)
+            _, module = fit(tmp_path / make.__name__, module=make(), vary={"weight_decay": [0.1, 0.2]})
+            ends.append(module.state_dict())
+        for name, value in ends[0].items():
+            assert torch.equal(value, ends[1][name]), name
 
     def test_rates_of_zero_are_refused(self, tmp_path):
         class Still(TinyClassifier):
