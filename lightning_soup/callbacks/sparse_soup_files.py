@@ -74,17 +74,30 @@ class CycleFiles:
         self._known[name] = found
 
     def write_report(self, trainer: Trainer, masks: Masks, records: Sequence[Mapping[str, Any]], metric: str) -> None:
-        """Write the masks, for :class:`.SparsityMask`, what is left of each layer, and a picture, on rank 0."""
-        if trainer.is_global_zero:
-            with atomic_path(self.folder / "masks.pt") as temporary:
-                torch.save(masks.state(), temporary)
-            module = trainer.lightning_module
-            example = module.example_input_array  # where there is one, operations are counted, too
-            inputs = example if isinstance(example, tuple) else (example,) if isinstance(example, Tensor) else ()
-            inputs = [part.to(module.device) if isinstance(part, Tensor) else part for part in inputs]
-            with atomic_path(self.folder / "layers.csv") as temporary:
-                write_costs(layer_costs(module, masks, *inputs), temporary)
-            sparse_picture(curves_of(records), masks, metric, self.folder / "sparse_soup.png")
+        """Write the masks, for :class:`.SparsityMask`, what is left of each layer, and a picture, on rank 0.
+
+        Training is over and the soup is written: where this fails, there is a warning.
+        """
+        if not trainer.is_global_zero:
+            return
+        try:
+            self._report(trainer, masks, records, metric)
+        except Exception as error:
+            rank_zero_warn(
+                f"SparseModelSoup: the soup is in {self.folder}, but masks, layers and picture are not all there "
+                f"({type(error).__name__}: {error})."
+            )
+
+    def _report(self, trainer: Trainer, masks: Masks, records: Sequence[Mapping[str, Any]], metric: str) -> None:
+        with atomic_path(self.folder / "masks.pt") as temporary:
+            torch.save(masks.state(), temporary)
+        module = trainer.lightning_module
+        example = module.example_input_array  # where there is one, operations are counted, too
+        inputs = example if isinstance(example, tuple) else (example,) if isinstance(example, Tensor) else ()
+        inputs = [part.to(module.device) if isinstance(part, Tensor) else part for part in inputs]
+        with atomic_path(self.folder / "layers.csv") as temporary:
+            write_costs(layer_costs(module, masks, *inputs), temporary)
+        sparse_picture(curves_of(records), masks, metric, self.folder / "sparse_soup.png")
 
     def open(self, name: str) -> WeightsFile:
         """Open a file of this fit, where it was written or, if that was moved, in the present folder.

@@ -185,7 +185,7 @@ class TestFiles:
         with pytest.raises(RuntimeError, match="power cut"):
             fit("", callbacks=[CutAt(16), keep], **options)
         fit("", ckpt_path=tmp_path / "ckpt" / "step=12.ckpt", **options)
-        assert len(list((tmp_path / "sparse_soup-v1").iterdir())) == 8
+        assert len(list((tmp_path / "sparse_soup-v1").glob("cycle=*.ckpt"))) == 8
         assert not (tmp_path / "sparse_soup-v2").exists()
 
     def test_they_lie_beside_the_checkpoints_of_the_run(self, tmp_path):
@@ -207,6 +207,13 @@ class TestFiles:
         (tmp_path / "file").write_text("")
         with pytest.raises(LightningSoupError, match=r"SparseModelSoup: .*It is the dirpath of SparseModelSoup"):
             fit(tmp_path / "file")
+
+    def test_a_report_that_fails_does_not_cost_the_soup(self, tmp_path):
+        broken = mock.patch("lightning_soup.callbacks.sparse_soup_files.layer_costs", side_effect=RuntimeError("odd"))
+        with broken, pytest.warns(UserWarning, match=r"the soup is in .*not all there \(RuntimeError: odd\)"):
+            soup, _ = fit(tmp_path, keep_copies=False)
+        assert soup.soup is not None
+        assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["cycle=1-soup.ckpt", "cycle=2-soup.ckpt"]
 
     def test_writing_in_the_background(self, tmp_path):
         soup, _ = fit(tmp_path, trainer={"plugins": [AsyncCheckpointIO()]})
