@@ -46,6 +46,7 @@ class TestSchedules:
         reached = [amount for amount, _ in cycle_amounts(0.9, 3)]
         assert reached == pytest.approx([0.5358411166387221, 0.7845565309968117, 0.9], abs=1e-12)
         assert reached[-1] == 0.9
+        assert cycle_amounts(0.1, 3)[-1] == (0.1, "all")  # not 1 - (1 - 0.1), which is less
         assert [a for a, _ in cycle_amounts(0.98, 3)][:2] == pytest.approx([0.7285582383405094, 0.9263193700271922])
 
     def test_both_roundings(self) -> None:
@@ -59,7 +60,7 @@ class TestSchedules:
     def test_gradual(self) -> None:
         found = [cubic_sparsity(0.9, t) for t in (0, 1 / 4, 1 / 2, 3 / 4, 1)]
         assert found == pytest.approx([0, 0.5203125, 0.7875, 0.8859375, 0.9], abs=1e-12)
-        assert cubic_sparsity(0.9, 7) == 0.9
+        assert (cubic_sparsity(0.9, -1), cubic_sparsity(0.9, 7)) == (0, 0.9)
 
     @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan])
     def test_sparsity_out_of_range(self, sparsity: float) -> None:
@@ -216,7 +217,7 @@ class TestGroups:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("selection", ["magnitude", "4:2", "0:4", "2:4:8", "", None])
+    @pytest.mark.parametrize("selection", ["magnitude", "4:2", "4:4", "0:4", "2:4:8", "", None])
     def test_unknown_selection(self, selection: str) -> None:
         with pytest.raises(UnsupportedSetup, match="expected global, uniform, lamp, erk, random, rows, or N:M"):
             prune_({"w": torch.ones(2, 2)}, 0.5, selection=selection)
@@ -239,7 +240,12 @@ class TestBadInput:
         with pytest.raises(UnsupportedSetup, match="pruned already, more than the"):
             prune_(tensors, 0.1, masks, selection)
 
-    @pytest.mark.parametrize("amount", [-0.1, 1.1])
+    @pytest.mark.parametrize("selection", ["global", "rows"])
+    def test_of_neither(self, selection: str) -> None:
+        with pytest.raises(UnsupportedSetup, match="of='survivor': expected all or survivors"):
+            prune_(_two(), 0.5, selection=selection, of="survivor")
+
+    @pytest.mark.parametrize("amount", [-0.1, 1.1, math.nan, "0.5"])
     def test_amount_out_of_range(self, amount: float) -> None:
         with pytest.raises(UnsupportedSetup, match="expected a share, 0 … 1"):
             prune_(_two(), amount)
