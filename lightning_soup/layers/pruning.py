@@ -206,7 +206,7 @@ def _smallest(tensors: list[Tensor], old: list[Tensor], goal: int, selection: st
 def _least(scores: list[Tensor], old: list[Tensor], goal: int, absolute: bool = False) -> list[Tensor]:
     """Masks without the ``goal`` smallest scores; those of what is pruned already are 0."""
     if goal == 0:
-        return [mask.clone() for mask in old]
+        return old
     value, below, _ = kth_smallest(scores, goal, absolute)
     if value == 0:  # there are zeros enough: what is pruned already is among them, and goes first
         missing = goal - sum(pruned_in(mask) for mask in old)

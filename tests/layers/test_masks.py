@@ -98,7 +98,8 @@ class TestPrunable:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         assert list(prunable(model, exclude=["0.*"])) == ["1.weight"]
         model[0] = torch.compile(model[0], backend="eager")
-        assert list(prunable(model, exclude=["0.weight"])) == ["1.weight"]
+        for name in ("0.weight", "0._orig_mod.weight"):
+            assert list(prunable(model, exclude=[name])) == ["1.weight"]
         assert list(prunable(model, exclude=["1.weight"])) == ["0._orig_mod.weight"]
 
     @pytest.mark.parametrize("options", [{"exclude": ["*"]}, {"skip_first": True, "skip_head": True}], ids=str)
@@ -186,8 +187,9 @@ class TestFiles:
             Masks.from_state(state)
 
     def test_other_states(self) -> None:
-        with pytest.raises(UnsupportedSetup, match=r"expected bits and shapes, not \['weights'\]"):
-            Masks.from_state({"weights": {}})
+        for found in ("bits", "shapes", "weights"):
+            with pytest.raises(UnsupportedSetup, match=rf"expected bits and shapes, not \['{found}'\]"):
+                Masks.from_state({found: {}})
 
     def test_masks_of_a_large_other_model(self) -> None:
         many = {f"layer{number}": torch.ones(1, 1) for number in range(12)}

@@ -80,6 +80,11 @@ class TestEverySelection:
             prune_({"w": tensor}, 0.5, selection=selection)
 
 
+@pytest.mark.parametrize("selection", ["global", "uniform", "lamp", "erk", "random"])
+def test_vectors(selection: str) -> None:
+    assert prune_({"w": _random(8)}, 0.5, selection=selection).pruned == 4
+
+
 @pytest.mark.parametrize("selection", ["rows", "2:4"])
 def test_vectors_have_no_rows(selection: str) -> None:
     with pytest.raises(UnsupportedSetup, match=r"w is \(4,\): expected rows and inputs"):
@@ -135,6 +140,15 @@ class TestValues:
 
 
 class TestShared:
+    @pytest.mark.parametrize("selection", EVERY)
+    def test_masks_in_another_order(self, selection: str) -> None:
+        weights = {"a": _random(4, 4), "b": _random(4, 4, seed=1)}
+        kept = {name: torch.ones(4, 4, dtype=torch.bool) for name in ("b", "a")}
+        kept["a"][0, 0] = False
+        found = prune_(weights, 0.5, Masks(kept), selection)
+        assert list(found) == ["a", "b"]
+        assert not found["a"][0, 0]
+
     def test_views_of_one_tensor(self) -> None:
         whole = _random(4, 8)
         masks = prune_({"left": whole[:, :4], "right": whole[:, 4:]}, 0.5)
@@ -199,6 +213,8 @@ class TestMasksBeside:
         assert tensor.tolist() == [[1, 0], [0, 1]]
         assert not masks._words
         assert not prune_({"w": tensor}, 0.75, masks)._words
+        masks.apply_({"w": tensor})
+        assert list(masks._words) == [("w", 4, tensor.device)]
 
 
 class TestCopies:

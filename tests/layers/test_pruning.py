@@ -151,13 +151,24 @@ class TestExact:
 
     @pytest.mark.parametrize("selection", ["global", "uniform", "random", "lamp"])
     def test_live_zeros_are_not_taken_for_pruned_ones(self, selection: str) -> None:
-        masks = Masks({"w": torch.tensor([[True, True, True, False, True, False]])})
-        tensors = {"w": torch.tensor([[0.0, 3, 0, 0, 0, 0]])}
-        found = prune_(tensors, 0.5, masks, selection)
-        assert found.pruned == 3
-        assert not (found["w"] & ~masks["w"]).any()
-        if selection != "random":
-            assert found["w"].tolist() == [[False, True, True, False, True, False]]
+        for kept, expected in (([1, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0]), ([0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 1])):
+            masks = Masks({"w": torch.tensor([kept]).bool()})
+            found = prune_({"w": torch.tensor([[0.0, 3, 0, 0, 0, 0]])}, 0.5, masks, selection)
+            assert found.pruned == 3
+            assert not (found["w"] & ~masks["w"]).any()
+            assert selection == "random" or found["w"].int().tolist() == [expected]
+
+    def test_uniform_takes_the_same_share_of_what_is_left(self) -> None:
+        tensors = {name: torch.arange(1.0, 11).reshape(1, 10) for name in ("a", "b")}
+        masks = Masks({"a": torch.arange(10).reshape(1, 10) >= 5, "b": torch.ones(1, 10, dtype=torch.bool)})
+        found = prune_(tensors, 0.5, masks, "uniform")
+        assert [int(mask.sum()) for mask in found.values()] == [10 - 7, 10 - 3]  # 5 + 5/3 and 10/3
+
+    @pytest.mark.parametrize("selection", ["uniform", "erk"])
+    def test_another_selection_goes_on_from_masks(self, selection: str) -> None:
+        tensors = _two()
+        found = prune_(tensors, 0.625, prune_(tensors, 0.5), selection)
+        assert [mask.int().tolist()[0] for mask in found.values()] == [[0, 0, 0, 0], [0, 1, 1, 1]]
 
     def test_weights_that_came_back_are_not_ranked(self) -> None:
         masks = Masks({"w": torch.tensor([[True, True, False, True]])})

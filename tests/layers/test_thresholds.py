@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_soup.layers import thresholds
-from lightning_soup.layers.thresholds import kth_smallest
+from lightning_soup.layers.thresholds import above, kth_smallest
 
 DATA = {
     "normal": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64),
@@ -50,6 +50,19 @@ def test_chunks_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in (100, 16, 33)]
     for k in range(1, 150, 7):
         assert kth_smallest(scores, k)[0] == torch.cat(scores).sort().values[k - 1]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_first_equals_are_left_out(monkeypatch: pytest.MonkeyPatch, absolute: bool) -> None:
+    monkeypatch.setattr(thresholds, "_CHUNK", 16)
+    draw = torch.Generator().manual_seed(0)
+    scores = [torch.randint(-2 if absolute else 0, 3, (n,), generator=draw).float() for n in (100, 0, 16, 33)]
+    whole = torch.cat(scores).abs()
+    equals = (whole == 1).nonzero().squeeze(1)
+    for skipped in (0, 1, 7, 30, len(equals)):
+        expected = whole >= 1
+        expected[equals[:skipped]] = False
+        assert torch.equal(torch.cat(above(scores, torch.tensor(1.0), skipped, absolute)), expected)
 
 
 def test_mixed_types_are_compared_in_the_widest() -> None:
