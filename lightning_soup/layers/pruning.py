@@ -122,7 +122,7 @@ def prune_(
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise NonFiniteWeights(f"{name} has a NaN or an infinite value, so it cannot be pruned by magnitude.")
-    old = [masks[name].to(tensor.device) for name, tensor in tensors.items()]
+    old = [masks[name].to(tensor.device).contiguous() for name, tensor in tensors.items()]
     if grouped:
         new = _n_of_m(tensors, old, *grouped, amount)
     elif selection == "rows":
@@ -217,7 +217,7 @@ def _least(scores: list[Tensor], old: list[Tensor], goal: int, absolute: bool = 
 
 def _without_first(kept: list[Tensor], ties: list[Tensor], count: int) -> list[Tensor]:
     """Masks without the first ``count`` of the ties."""
-    new = [mask.clone(memory_format=torch.contiguous_format) for mask in kept]
+    new = [mask.clone() for mask in kept]
     for mask, tie in zip(new, ties, strict=True):
         places = tie.reshape(-1).nonzero().squeeze(1)[:count]
         mask.view(-1)[places] = False
@@ -228,7 +228,7 @@ def _without_first(kept: list[Tensor], ties: list[Tensor], count: int) -> list[T
 def lamp_scores(tensor: Tensor) -> Tensor:
     """``w_u² / Σ w_v²`` over all v with ``w_v² ≥ w_u²``, in one tensor; 0 for zeros."""
     squares = tensor.double().square().reshape(-1)
-    ordered, places = squares.sort(stable=True)
+    ordered, places = squares.sort()
     # A GPU adds up in another order each time, and refuses to where deterministic algorithms are wanted.
     sums = ordered.flip(0).cpu().cumsum(0).flip(0).to(tensor.device)
     first = torch.searchsorted(ordered, ordered)  # of equals, whose sums are the same

@@ -101,6 +101,15 @@ class TestGolden:
         assert lamp_scores(torch.tensor([[2.0, -2, 1, 0]]).double())[0].tolist() == pytest.approx([0.5, 0.5, 1 / 9, 0])
         assert lamp_scores(torch.zeros(2, 2)).tolist() == [[0, 0], [0, 0]]
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_lamp_of_squares_that_the_type_cannot_hold(self, dtype: torch.dtype) -> None:
+        weight = torch.tensor([[300.0, 1e-3, 2e-3, 400]]).to(dtype)
+        if dtype == torch.float32:
+            weight *= 1e-25
+        exact = weight.double().square()
+        found = lamp_scores(weight).double()
+        torch.testing.assert_close(found, exact / (exact * (exact >= exact.mT)).sum(1), rtol=1e-6, atol=0)
+
     def test_erk(self) -> None:
         shapes = [(8, 3, 3, 3), (16, 8, 3, 3), (10, 16)]
         found = erk_densities(shapes, 0.8)
@@ -158,11 +167,34 @@ class TestExact:
             assert not (found["w"] & ~masks["w"]).any()
             assert selection == "random" or found["w"].int().tolist() == [expected]
 
+    def test_live_zeros_of_several_tensors(self) -> None:
+        tensors = {"a": torch.tensor([[0.0, 1, 0]]), "b": torch.tensor([[0.0, 0, 1]])}
+        assert [m.int().tolist() for m in prune_(tensors, 0.5).values()] == [[[0, 1, 0]], [[0, 1, 1]]]
+
+    @pytest.mark.parametrize("selection", [*EVERY, "1:2"])
+    def test_given_masks_stay_as_they_are(self, selection: str) -> None:
+        tensors = _layers()
+        masks = prune_(tensors, 0.25, selection="random")
+        before = Masks({name: mask.clone() for name, mask in masks.items()})
+        found = prune_(tensors, 0.5, masks, selection)
+        assert masks == before
+        assert found.pruned > masks.pruned
+
+    @pytest.mark.parametrize("selection", [*EVERY, "1:2"])
+    def test_transposed_masks(self, selection: str) -> None:
+        mask, weight = torch.ones(8, 4, dtype=torch.bool), torch.zeros(4, 8)
+        mask[:4, 0] = False
+        found = prune_({"w": weight}, 0.5, Masks({"w": mask.T}), selection)["w"]
+        assert found.is_contiguous()
+        assert not found[0, :4].any()
+
     def test_uniform_takes_the_same_share_of_what_is_left(self) -> None:
         tensors = {name: torch.arange(1.0, 11).reshape(1, 10) for name in ("a", "b")}
         masks = Masks({"a": torch.arange(10).reshape(1, 10) >= 5, "b": torch.ones(1, 10, dtype=torch.bool)})
         found = prune_(tensors, 0.5, masks, "uniform")
         assert [int(mask.sum()) for mask in found.values()] == [10 - 7, 10 - 3]  # 5 + 5/3 and 10/3
+        found = prune_({name: torch.rand(1, 5) for name in ("a", "b")}, 0.5, selection="uniform")
+        assert [int(mask.sum()) for mask in found.values()] == [5 - 3, 5 - 2]  # between equals the lower goes first
 
     @pytest.mark.parametrize("selection", ["uniform", "erk"])
     def test_another_selection_goes_on_from_masks(self, selection: str) -> None:
@@ -198,6 +230,15 @@ class TestRows:
             assert int(kept.sum()) == len(kept) - round(len(kept) / 2)
             assert norms[name][kept].min() > norms[name][~kept].max()
 
+    def test_rows_of_which_some_elements_are_left(self) -> None:
+        tensors = {"w": torch.tensor([[5.0, 5], [0, 9], [1, 1], [0, 0]])}
+        masks = Masks({"w": torch.tensor([[1, 1], [0, 1], [1, 1], [0, 0]]).bool()})
+        assert prune_(tensors, 0.5, masks, "rows")["w"].int().tolist() == [[1, 1], [0, 1], [0, 0], [0, 0]]
+
+    def test_live_rows_of_zeros_are_not_taken_for_pruned_ones(self) -> None:
+        tensors, masks = {"w": torch.zeros(2, 2)}, Masks({"w": torch.tensor([[True, True], [False, False]])})
+        assert prune_(tensors, 0.5, masks, "rows") == masks
+
     def test_of_survivors(self) -> None:
         tensors = {"w": torch.arange(1.0, 11).reshape(10, 1).repeat(1, 3)}
         masks = prune_(tensors, 0.5, selection="rows")
@@ -206,17 +247,23 @@ class TestRows:
 
 
 class TestGroups:
-    @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
+    @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2), (6, 8)])
     def test_every_group_of_inputs(self, n: int, m: int) -> None:
         tensors = {"conv": torch.randn(6, 8, 3, 3), "linear": torch.randn(5, 16)}
         for name, mask in prune_(tensors, 1 - n / m, selection=f"{n}:{m}").items():
             assert mask.shape == tensors[name].shape
+            assert mask.is_contiguous()
             groups = mask.movedim(1, -1).unflatten(-1, (-1, m))
             assert (groups.sum(-1) == n).all()
 
     def test_what_is_pruned_stays_so(self) -> None:
         first = Masks({"w": torch.tensor([[False, False, False, True]])})
         assert prune_({"w": torch.ones(1, 4)}, 0.5, first, "2:4")["w"].tolist() == [[False, False, False, True]]
+        second = Masks({"w": torch.tensor([[True, False, True, True]])})
+        assert prune_({"w": torch.tensor([[0.0, 0, 1, 2]])}, 0.25, second, "3:4") == second  # the live zero stays
+
+    def test_shares_that_binary_numbers_round(self) -> None:
+        assert prune_({"w": torch.rand(2, 3)}, 1 / 3, selection="2:3").pruned == 2
 
     def test_odd_inputs_are_named(self) -> None:
         with pytest.raises(UnsupportedSetup, match=r"divide by 4, but not these: \{'b': \(2, 6\)\}"):
