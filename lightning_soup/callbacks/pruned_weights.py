@@ -95,8 +95,12 @@ class PrunedWeights:
         self.masks.apply_(self.tensors)
 
     def mask_gradients(self) -> None:
-        """Make gradients of pruned weights zero."""
-        self.masks.apply_({name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None})
+        """Make gradients of pruned weights zero.
+
+        Those of sparse layout, which embeddings can ask for, stay as they are: what they move is masked after the step.
+        """
+        gradients = {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
+        self.masks.apply_({name: grad for name, grad in gradients.items() if grad.layout == torch.strided})
 
     def mask_optimizer(self, optimizer: Optimizer) -> None:
         """Make pruned weights that an optimizer moves zero, and what it remembers of them: momentum and the like."""

@@ -40,7 +40,7 @@ def kth_smallest(scores: Sequence[Tensor], k: int, absolute: bool = False) -> tu
     total = sum(score.numel() for score in scores)
     if not 1 <= k <= total:
         raise ValueError(f"k={k}: expected 1 … {total}.")
-    flat = [score.detach().reshape(-1) for score in scores if score.numel()]
+    flat = [score.detach().reshape(-1) for score in scores]
     wide = torch.float32
     for score in flat:
         wide = torch.promote_types(wide, score.dtype)

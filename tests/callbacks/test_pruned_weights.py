@@ -1,0 +1,85 @@
+"""PrunedWeights: what it finds in a module and its optimizers, and keeps at zero."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_soup.callbacks.pruned_weights import PrunedWeights
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.pruning import prune_
+from tests.helpers.boring import TinyClassifier
+
+
+def _pruned(module: nn.Module) -> PrunedWeights:
+    pruned = PrunedWeights(module)
+    pruned.masks = prune_(pruned.tensors, 0.5)
+    return pruned
+
+
+def test_sparse_gradients_are_left_alone_and_what_they_move_is_masked():
+    module = nn.Embedding(6, 4, sparse=True)
+    pruned, optimizer = _pruned(module), torch.optim.SparseAdam(module.parameters())
+    module(torch.tensor([0, 3])).square().sum().backward()
+    pruned.mask_gradients()
+    optimizer.step()
+    pruned.mask_optimizer(optimizer)
+    assert pruned.holds()
+    gone = ~pruned.masks["weight"]
+    assert all(
+        not value[gone].any()
+        for value in optimizer.state[module.weight].values()
+        if torch.is_tensor(value) and value.ndim
+    )
+
+
+def test_gradients_of_some_weights_only():
+    module = TinyClassifier()
+    pruned = _pruned(module)
+    module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+    pruned.mask_gradients()
+    assert torch.equal(module.net[0].weight.grad != 0, pruned.masks["net.0.weight"])
+    assert module.net[3].weight.grad is None
+
+
+def test_only_states_of_the_shape_of_the_weights_are_masked():
+    module = nn.Linear(3, 2, bias=False)
+    pruned, optimizer = _pruned(module), torch.optim.SGD(module.parameters(), 0.1)
+    state = optimizer.state[module.weight]
+    state["moment"], state["counts"] = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.int64)
+    state["rows"], state["step"], state["name"] = torch.ones(2), torch.tensor(1.0), "x"
+    pruned.mask_optimizer(optimizer)
+    assert torch.equal(state["moment"] != 0, pruned.masks["weight"])
+    assert all(state[key].all() for key in ("counts", "rows", "step"))
+
+
+def test_the_norm_does_not_overflow():
+    module = nn.Linear(2, 2, bias=False).half()
+    nn.init.constant_(module.weight, 6e4)
+    assert PrunedWeights(module).norm() == pytest.approx(2 * 6e4, rel=1e-3)
+
+
+def test_the_very_same_tensors():
+    module = TinyClassifier()
+    pruned = PrunedWeights(module)
+    assert pruned.is_of(PrunedWeights(module).tensors)
+    assert not pruned.is_of(PrunedWeights(TinyClassifier()).tensors)
+    assert not pruned.is_of({"net.0.weight": module.net[0].weight})
+    assert not PrunedWeights(module, exclude=["net.3.*"]).is_of(pruned.tensors)
+
+
+def test_masks_of_a_file():
+    module = TinyClassifier()
+    pruned, masks = PrunedWeights(module), prune_(PrunedWeights(TinyClassifier()).tensors, 0.5)
+    pruned.resume(masks.state(), "the file")
+    assert pruned.masks == masks
+    with pytest.raises(UnsupportedSetup, match="the file holds the masks of another model"):
+        pruned.resume(Masks({"w": torch.ones(1, 1, dtype=torch.bool)}).state(), "the file")
+    assert pruned.masks == masks
+
+
+def test_names_are_those_of_files_also_of_compiled_parts():
+    module = TinyClassifier()
+    module.net[0] = torch.compile(module.net[0], backend="eager")
+    assert list(PrunedWeights(module).tensors) == ["net.0.weight", "net.3.weight"]
+    assert list(PrunedWeights(module, exclude=["net.0.weight"]).tensors) == ["net.3.weight"]
