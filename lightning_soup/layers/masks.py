@@ -205,7 +205,7 @@ class Masks(Mapping[str, Tensor]):
             raise UnsupportedSetup(f"the mask of {name} is {shapes}: expected the same. Make masks of this model.")
         if key in self._words:
             return self._words[key]
-        word = mask.to(like.device, _WORDS[like.element_size()]).neg_()
+        word = torch.empty_like(like, dtype=_WORDS[like.element_size()]).copy_(mask).neg_()  # in the same layout
         if not once:
             self._words[key] = word
         return word

@@ -107,7 +107,7 @@ def _chunks(flat: Sequence[Tensor], wide: torch.dtype, absolute: bool) -> Iterat
 def _bracket(sample: Tensor, quantile: float) -> tuple[float, float]:
     """Two values between which the quantile very probably lies."""
     count = len(sample)
-    margin = _MARGIN * (quantile * (1 - quantile) * count) ** 0.5 + 1
+    margin = _MARGIN * (quantile * (1 - quantile) * count) ** 0.5
     below, above = int(quantile * count - margin), int(quantile * count + margin) + 1
     low = float(_kth(sample, below)) if below >= 1 else 0.0
     high = float(_kth(sample, above)) if above <= count else torch.finfo(sample.dtype).max

@@ -207,6 +207,13 @@ class TestMasksBeside:
         with pytest.raises(UnsupportedSetup, match=r"the mask of w is \(2, 2\), the tensor \("):
             HALF.apply_({"w": torch.ones(shape)})
 
+    def test_masks_have_the_layout_of_what_they_are_laid_over(self) -> None:
+        """Else it takes three times as long."""
+        weight = _random(4, 4, 3, 3).to(memory_format=torch.channels_last)
+        masks = Masks.full({"w": weight})
+        masks.apply_({"w": weight})
+        assert next(iter(masks._words.values())).stride() == weight.stride()
+
     def test_nothing_is_remembered_for_once(self) -> None:
         masks, tensor = Masks(dict(HALF)), torch.ones(2, 2)
         masks.apply_({"w": tensor}, once=True)
