@@ -75,8 +75,7 @@ def adaptive_rate(highest: float, retrain_epochs: int, dense_epochs: int, drop: 
         share: s, the share of the survivors that this cycle pruned; ``d₂ = drop/√s``.
 
     Source: Zimmer et al., How I Learned to Stop Worrying and Love Retraining (arXiv 2111.00843). The released code
-        takes
-    the norms over all parameters, biases and norms included.
+    takes the norms over all parameters, biases and norms included.
     """
     least = min(retrain_epochs / dense_epochs, 1.0)
     return highest * min(max(drop / math.sqrt(share), least), 1.0)
@@ -99,7 +98,7 @@ def retraining_rate(
 
     Args:
         schedule: Which.
-        step: t, from 0.
+        step: t, from 0; after T the rate stays as it is there.
         steps: T.
         highest: η, of ``slr`` that of the warm-up only.
         lowest: Of ``clr``.
@@ -115,7 +114,7 @@ def retraining_rate(
     warm = int(warmup * steps)
     if step < warm:
         return highest * (1 - math.cos(math.pi * step / warm)) / 2
-    progress = (step - warm) / max(steps - warm, 1)
+    progress = min((step - warm) / max(steps - warm, 1), 1.0)
     if schedule == "slr":
         return history[min(int(progress * len(history)), len(history) - 1)]
     if schedule == "clr":
