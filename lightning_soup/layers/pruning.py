@@ -262,7 +262,7 @@ def _n_of_m(tensors: Mapping[str, Tensor], old: list[Tensor], n: int, m: int, am
         scores = tensor.abs().masked_fill(~mask, -1.0).movedim(1, -1).unflatten(-1, (-1, m))
         gone = scores.argsort(dim=-1, stable=True)[..., : m - n]
         kept = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, gone, False)
-        new.append((kept.flatten(-2).movedim(-1, 1) & mask).contiguous())
+        new.append(mask & kept.flatten(-2).movedim(-1, 1))
     return new
 
 

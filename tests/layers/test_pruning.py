@@ -62,7 +62,7 @@ class TestSchedules:
         assert found == pytest.approx([0, 0.5203125, 0.7875, 0.8859375, 0.9], abs=1e-12)
         assert (cubic_sparsity(0.9, -1), cubic_sparsity(0.9, 7)) == (0, 0.9)
 
-    @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan])
+    @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan, "0.9"])
     def test_sparsity_out_of_range(self, sparsity: float) -> None:
         with pytest.raises(UnsupportedSetup, match="expected a share above 0 and below 1"):
             cycle_amounts(sparsity, 3)

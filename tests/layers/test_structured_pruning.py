@@ -29,6 +29,10 @@ class TestRows:
         tensors, masks = {"w": torch.zeros(2, 2)}, Masks({"w": torch.tensor([[True, True], [False, False]])})
         assert prune_(tensors, 0.5, masks, "rows") == masks
 
+    def test_equal_rows_go_in_order(self) -> None:
+        kept = prune_({"w": torch.ones(200, 2)}, 0.5, selection="rows")["w"]
+        assert kept[:, 0].tolist() == [False] * 100 + [True] * 100
+
     def test_of_survivors(self) -> None:
         tensors = {"w": torch.arange(1.0, 11).reshape(10, 1).repeat(1, 3)}
         masks = prune_(tensors, 0.5, selection="rows")
@@ -45,6 +49,10 @@ class TestGroups:
             assert mask.is_contiguous()
             groups = mask.movedim(1, -1).unflatten(-1, (-1, m))
             assert (groups.sum(-1) == n).all()
+
+    def test_equals_go_in_order(self) -> None:
+        kept = prune_({"w": torch.ones(2, 128)}, 0.5, selection="64:128")["w"]
+        assert kept.tolist() == [[False] * 64 + [True] * 64] * 2
 
     def test_what_is_pruned_stays_so(self) -> None:
         first = Masks({"w": torch.tensor([[False, False, False, True]])})
