@@ -83,6 +83,14 @@ def test_one_pass_is_enough_where_the_sample_is_fair(
         assert found[0] < 50_000  # a fourth, of a sample of 780
 
 
+def test_many_candidates_are_counted_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "_FEW", 3)
+    chunks = torch.tensor([0.0, 1, 1, 2, 2, 9]).split(4)
+    assert thresholds._collect(iter(chunks), 1.0, 2.0) == (1, 4, None)
+    below, inside, found = thresholds._collect(iter(chunks), 2.0, 9.0)
+    assert (below, inside, found.tolist()) == (3, 3, [2, 2, 9])
+
+
 def test_chunks_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thresholds, "_CHUNK", 16)
     scores = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in (100, 16, 33)]
