@@ -1,11 +1,13 @@
 """PrunedWeights: what it finds in a module and its optimizers, and keeps at zero."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_soup.callbacks.pruned_weights import PrunedWeights
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import prune_
 from tests.helpers.boring import TinyClassifier
@@ -15,6 +17,46 @@ def _pruned(module: nn.Module) -> PrunedWeights:
     pruned = PrunedWeights(module)
     pruned.masks = prune_(pruned.tensors, 0.5)
     return pruned
+
+
+class TestPrune:
+    ALONE = SimpleNamespace(is_global_zero=True, world_size=1)
+
+    def test_the_options_arrive(self):
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(0)
+            pruned = _pruned(TinyClassifier())
+            first = pruned.masks
+            pruned.prune(self.ALONE, 0.5, "random", "survivors", seed)
+            assert pruned.masks.pruned == round(first.size * 0.75)
+            found.append(pruned.masks)
+        assert found[0] != found[1]
+
+    def test_what_is_pruned_stays_so_whatever_was_written_there(self):
+        pruned = _pruned(TinyClassifier())
+        first = pruned.masks
+        with torch.no_grad():
+            for tensor in pruned.tensors.values():
+                tensor += 9
+        pruned.prune(self.ALONE, 0.75, "global")
+        assert not any((mask & ~first[name]).any() for name, mask in pruned.masks.items())
+        assert pruned.holds()
+
+    def test_other_ranks_take_what_rank_0_chose(self):
+        chosen = _pruned(TinyClassifier()).masks
+        pruned = PrunedWeights(TinyClassifier())
+        strategy = SimpleNamespace(broadcast=lambda given: (None, chosen.state()))
+        pruned.prune(SimpleNamespace(is_global_zero=False, world_size=2, strategy=strategy), 0.5, "global")
+        assert pruned.masks == chosen
+        assert all(torch.equal(tensor != 0, chosen[name]) for name, tensor in pruned.tensors.items())
+
+    def test_they_raise_what_rank_0_raised(self):
+        strategy = SimpleNamespace(broadcast=lambda given: (NonFiniteWeights("x"), None))
+        with pytest.raises(NonFiniteWeights, match="x"):
+            PrunedWeights(TinyClassifier()).prune(
+                SimpleNamespace(is_global_zero=False, world_size=2, strategy=strategy), 0.5, "global"
+            )
 
 
 def test_sparse_gradients_are_left_alone_and_what_they_move_is_masked():

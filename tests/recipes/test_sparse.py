@@ -109,7 +109,8 @@ class TestWhatIsNoMask:
 
     def test_layers_that_are_zero_yet(self):
         pair = [network(seed, Masks({})) for seed in (1, 2)]
-        pair[0]["b.weight"].zero_()
+        for weights in pair:
+            weights["b.weight"].zero_()
         assert compare_zeros([open_checkpoint(weights) for weights in pair]) is None
 
     def test_only_biases(self):
