@@ -95,10 +95,12 @@ def test_only_states_of_the_shape_of_the_weights_are_masked():
     assert all(state[key].all() for key in ("counts", "rows", "step"))
 
 
-def test_the_norm_does_not_overflow():
+def test_the_norm_neither_overflows_nor_is_rounded():
     module = nn.Linear(2, 2, bias=False).half()
     nn.init.constant_(module.weight, 6e4)
     assert PrunedWeights(module).norm() == pytest.approx(2 * 6e4, rel=1e-3)
+    module = nn.Linear(300, 300, bias=False)
+    assert PrunedWeights(module).norm() == pytest.approx(float(module.weight.detach().double().norm()), rel=1e-12)
 
 
 def test_the_very_same_tensors():

@@ -1,0 +1,102 @@
+"""What callbacks that prune have in common: when masks are laid over what, and what is left behind."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from lightning_soup.callbacks import ExponentialAverage, SparsityMask
+from lightning_soup.errors import UnsupportedSetup
+from tests.callbacks.test_sparsity_mask import OPTIMIZERS, SIZE, fit, module_with, zeros
+from tests.helpers.averages import loaders
+from tests.helpers.boring import TinyClassifier
+from tests.helpers.trainers import quiet_trainer
+
+
+def _disturbed(value):
+    """A checkpoint's tensors of two dimensions, not zero anywhere."""
+    if isinstance(value, dict):
+        return {key: _disturbed(one) for key, one in value.items()}
+    return value + 1 if isinstance(value, torch.Tensor) and value.ndim == 2 else value
+
+
+def test_what_a_checkpoint_holds_is_masked_before_anything_is_done_with_it(tmp_path):
+    class Look(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.weights = zeros(pl_module)
+
+        def on_train_start(self, trainer, pl_module):
+            states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+            self.states = sum(int((value == 0).sum()) for value in states if value.ndim == 2)
+
+    module = module_with(OPTIMIZERS["AdamW"])
+    trainer, _, _ = fit(SparsityMask(0.75), module=module)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for key in ("state_dict", "optimizer_states"):
+        content[key] = _disturbed(content[key]) if key == "state_dict" else [_disturbed(one) for one in content[key]]
+    torch.save(content, tmp_path / "y.ckpt")
+    look = Look()
+    module = module_with(OPTIMIZERS["AdamW"])
+    fit(SparsityMask(0.75), epochs=4, module=module, callbacks=[look], ckpt_path=tmp_path / "y.ckpt")
+    assert look.weights == SIZE * 3 // 4
+    assert look.states == 3 * look.weights  # exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["average first", "mask first"])
+def test_averages_see_weights_that_are_masked(first):
+    """Also where the optimizer fills what is pruned in each step."""
+    mask, live = SparsityMask(0.75), ExponentialAverage(0.9)
+    module = module_with(OPTIMIZERS["towards an anchor"])
+    fit(mask, module=module, callbacks=[live]) if first else quiet_trainer(max_epochs=3, callbacks=[live, mask]).fit(
+        module, *loaders()
+    )
+    assert zeros(module) == SIZE * 3 // 4
+
+
+def test_layers_made_in_configure_model():
+    class Late(TinyClassifier):
+        def __init__(self):
+            super().__init__()
+            del self.net
+
+        def configure_model(self):
+            if not hasattr(self, "net"):
+                self.net = TinyClassifier().net
+
+    module = Late()
+    quiet_trainer(max_epochs=1, callbacks=[SparsityMask(0.75)]).fit(module, *loaders())
+    assert zeros(module) == SIZE * 3 // 4
+
+
+def test_nothing_is_left_at_the_optimizer():
+    mask = SparsityMask(0.75)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[mask])
+    trainer.fit(TinyClassifier(), *loaders())
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert mask.masks is not None
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_shard_are_refused(strategy):
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), callbacks=[])
+    with pytest.raises(UnsupportedSetup, match=f"SparsityMask does not work with {strategy.__name__}: masks are laid"):
+        SparsityMask(0.5).setup(trainer, nn.Linear(2, 2), "fit")
+
+
+def test_what_cannot_be_pruned_is_refused_before_optimizers_are_made():
+    with pytest.raises(UnsupportedSetup, match="nothing in TinyClassifier can be pruned"):
+        SparsityMask(0.5, exclude=["*"]).setup(quiet_trainer(), TinyClassifier(), "fit")
+
+
+def test_what_belongs_to_a_run_stays_with_it():
+    mask = SparsityMask(0.75)
+    assert mask.state_dict() == {"steps": 0, "ticks": 0, "done": False}
+    trainer, module, _ = fit(mask)
+    assert pickle.loads(pickle.dumps(mask)).masks is None
+    assert "sparsity" in trainer.callback_metrics
+    assert "sparsity" not in trainer.validate(module, loaders()[1], verbose=False)[0]
