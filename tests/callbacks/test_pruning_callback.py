@@ -9,10 +9,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from lightning_soup.callbacks import ExponentialAverage, SparsityMask
+from lightning_soup.callbacks import ExponentialAverage, SparsityMask, pruned_weights
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.pruning import prune_
 from tests.callbacks.test_sparsity_mask import OPTIMIZERS, SIZE, fit, module_with, zeros
-from tests.helpers.averages import loaders
+from tests.helpers.averages import TwoOptimizers, loaders
 from tests.helpers.boring import TinyClassifier
 from tests.helpers.trainers import quiet_trainer
 
@@ -100,3 +101,41 @@ def test_what_belongs_to_a_run_stays_with_it():
     assert pickle.loads(pickle.dumps(mask)).masks is None
     assert "sparsity" in trainer.callback_metrics
     assert "sparsity" not in trainer.validate(module, loaders()[1], verbose=False)[0]
+
+
+class TestWhenItPrunes:
+    @pytest.fixture
+    def amounts(self, monkeypatch):
+        """What was asked of prune_, in order."""
+        found = []
+
+        def counting(tensors, amount, *options):
+            found.append(amount)
+            return prune_(tensors, amount, *options)
+
+        monkeypatch.setattr(pruned_weights, "prune_", counting)
+        return found
+
+    @pytest.mark.parametrize(
+        ("options", "times"),
+        [({}, 1), ({"start": 3}, 1), ({"start": "1 epochs"}, 1), ({"stop": 12, "every": 4}, 3)],
+        ids=str,
+    )
+    def test_no_more_than_it_must(self, amounts, options, times, tmp_path):
+        mask = SparsityMask(0.75, **options)
+        trainer, _, _ = fit(mask)
+        assert len(amounts) == times
+        assert mask.state_dict()["done"]
+        assert amounts[-1] == 0.75
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        fit(SparsityMask(0.75, **options), epochs=4, ckpt_path=tmp_path / "x.ckpt")
+        assert len(amounts) == times
+
+    @pytest.mark.parametrize(("start", "dense"), [(5, 4), ("5 steps", 4), ("1 epochs", 6), (0.5, 9)])
+    def test_steps_are_pruned_at_once_and_the_rest_at_ends_of_batches(self, start, dense):
+        _, _, seen = fit(SparsityMask(0.75, start=start))
+        assert seen == [0] * dense + [SIZE * 3 // 4] * (18 - dense)
+
+    def test_steps_are_those_of_the_first_optimizer(self):
+        _, _, seen = fit(SparsityMask(0.75, start=4), module=TwoOptimizers())
+        assert seen.count(0) == 6
