@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -139,3 +140,22 @@ class TestWhenItPrunes:
     def test_steps_are_those_of_the_first_optimizer(self):
         _, _, seen = fit(SparsityMask(0.75, start=4), module=TwoOptimizers())
         assert seen.count(0) == 6
+
+    def test_moments_in_epochs_are_counted_on_after_a_resume(self, tmp_path):
+        def run(**resume):
+            keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}", every_n_epochs=1)
+            mask = SparsityMask(0.75, stop="4 epochs", every="1 epochs")
+            return fit(mask, epochs=4, callbacks=[keep], enable_checkpointing=True, **resume)[2]
+
+        seen = run()
+        again = run(ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert again == seen[12:]
+
+    @pytest.mark.parametrize("options", [{}, {"stop": 12, "every": 4}], ids=["once", "gradually"])
+    def test_random_masks_are_those_of_the_seed(self, options):
+        found = []
+        for seed in (1, 1, 2):
+            mask = SparsityMask(0.75, "random", seed=seed, **options)
+            fit(mask)
+            found.append(mask.masks)
+        assert found[0] == found[1] != found[2]
