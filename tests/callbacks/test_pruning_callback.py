@@ -1,14 +1,11 @@
 """What callbacks that prune have in common: when masks are laid over what, and what is left behind."""
 
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
 
 from lightning_soup.callbacks import ExponentialAverage, SparsityMask, pruned_weights
 from lightning_soup.errors import UnsupportedSetup
@@ -81,13 +78,6 @@ def test_nothing_is_left_at_the_optimizer():
     trainer.fit(TinyClassifier(), *loaders())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
     assert mask.masks is not None
-
-
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_strategies_that_shard_are_refused(strategy):
-    trainer = SimpleNamespace(strategy=object.__new__(strategy), callbacks=[])
-    with pytest.raises(UnsupportedSetup, match=f"SparsityMask does not work with {strategy.__name__}: masks are laid"):
-        SparsityMask(0.5).setup(trainer, nn.Linear(2, 2), "fit")
 
 
 def test_what_cannot_be_pruned_is_refused_before_optimizers_are_made():
