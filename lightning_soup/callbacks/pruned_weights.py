@@ -157,4 +157,5 @@ class PrunedWeights:
 
     def holds(self) -> bool:
         """Whether all that is pruned is zero."""
-        return not any(torch.count_nonzero(self.tensors[name].detach()[~mask]) for name, mask in self.masks.items())
+        rows = ((self.tensors[name].detach(), mask) for name, mask in self.masks.items())
+        return not any(torch.count_nonzero(tensor[~mask.to(tensor.device)]) for tensor, mask in rows)

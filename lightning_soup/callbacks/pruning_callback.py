@@ -145,7 +145,7 @@ class PruningCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.barebones:
+        if trainer.state.fn == "fit" and not trainer.barebones:
             self.log("sparsity", self.sparsity_reached, sync_dist=False, rank_zero_only=True)
 
     # ------------------------------------------------------------------------------------------------------------ end

@@ -77,7 +77,7 @@ def adaptive_rate(highest: float, retrain_epochs: int, dense_epochs: int, drop: 
     Source: Zimmer et al., How I Learned to Stop Worrying and Love Retraining (arXiv 2111.00843). The released code
     takes the norms over all parameters, biases and norms included.
     """
-    least = min(retrain_epochs / dense_epochs, 1.0)
+    least = retrain_epochs / dense_epochs
     return highest * min(max(drop / math.sqrt(share), least), 1.0)
 
 
@@ -98,7 +98,7 @@ def retraining_rate(
 
     Args:
         schedule: Which.
-        step: t, from 0.
+        step: t, from 0; after T the rate stays as it is there.
         steps: T.
         highest: η, of ``slr`` that of the warm-up only.
         lowest: Of ``clr``.

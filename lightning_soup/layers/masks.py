@@ -41,7 +41,8 @@ def prunable(
     """The parameters that pruning may touch, by name: those of two dimensions or more, so neither biases nor norms.
 
     Names are what decides, so that attention's ``in_proj_weight`` and the projections of CLIP are among them, which
-    have no layer of their own. A parameter that has two names (tied weights) comes once.
+    have no layer of their own. A parameter that has two names (tied weights) comes once, by the first of them, unless
+    one of them is excluded.
 
     Args:
         module: The network.
@@ -50,12 +51,20 @@ def prunable(
         skip_head: Leave out the last of them: the classifier of the usual networks.
 
     Raises:
-        UnsupportedSetup: Nothing is left, ``exclude`` is no list, a layer is lazy and has no shape yet, or a weight is
-            computed from parameters (``torch.nn.utils.parametrize``, weight norm) in a way that does not keep zeros.
+        UnsupportedSetup: Nothing is left, ``exclude`` is no list, a layer is lazy and has no shape yet, two parameters
+            are views of the same memory, or a weight is computed from parameters (``torch.nn.utils.parametrize``,
+            weight norm) in a way that does not keep zeros.
     """
     if isinstance(exclude, str):
         raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
-    left = {n: p for n, p in module.named_parameters() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
+    also: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        also.setdefault(id(parameter), []).extend({name, name.replace("_orig_mod.", "")})  # of compiled parts
+    left = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if not any(fnmatchcase(one, pattern) for one in also[id(parameter)] for pattern in exclude)
+    }
     lazy = [name for name, parameter in left.items() if is_lazy(parameter)]
     if lazy:
         raise UnsupportedSetup(
@@ -74,6 +83,7 @@ def prunable(
             f"nothing in {type(module).__name__} can be pruned: it has {len(names)} parameters of two dimensions or "
             f"more beside those in exclude={list(exclude)}, skip_first={skip_first}, skip_head={skip_head}."
         )
+    _refuse_views(found)
     return found
 
 
@@ -98,11 +108,29 @@ def _refuse_computed(module: nn.Module, found: Mapping[str, Tensor]) -> None:
                 )
 
 
+def _refuse_views(parameters: Mapping[str, Tensor]) -> None:
+    """Weights tied by a view, such as a transposed one, would need one mask between them."""
+    places: dict[tuple[Any, ...], str] = {}
+    for name, parameter in parameters.items():
+        memory = parameter.data_ptr() if parameter.layout == torch.strided and parameter.numel() else 0
+        twin = places.setdefault((parameter.device, memory), name) if memory else name
+        if twin != name:
+            raise UnsupportedSetup(
+                f"{twin} and {name} are different parameters in the same memory, so one cannot be pruned alone. Use "
+                "one parameter under both names, or exclude one of them."
+            )
+
+
 class Masks(Mapping[str, Tensor]):
     """For tensors by name, which elements are kept (True) and which are pruned (False), on the tensors' devices.
 
+    They are not edited: what is applied is remembered in another form. :func:`.prune_` makes new ones.
+
     Args:
         kept: Boolean tensors.
+
+    Raises:
+        TypeError: A tensor is of another type.
     """
 
     def __init__(self, kept: Mapping[str, Tensor]) -> None:
@@ -111,6 +139,10 @@ class Masks(Mapping[str, Tensor]):
             if mask.dtype != torch.bool:
                 raise TypeError(f"the mask of {name} is {mask.dtype}: expected bool.")
         self._words: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and other processes make words of their own."""
+        return {**self.__dict__, "_words": {}}
 
     @classmethod
     def full(cls, tensors: Mapping[str, Tensor]) -> "Masks":
@@ -149,8 +181,8 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """The share that is pruned."""
-        return self.pruned / self.size
+        """The share that is pruned; 0 of nothing."""
+        return self.pruned / max(self.size, 1)
 
     def check(self, tensors: Mapping[str, Tensor], owner: str) -> None:
         """Refuse masks of another model.
@@ -175,7 +207,7 @@ class Masks(Mapping[str, Tensor]):
             )
 
     @torch.no_grad()
-    def apply_(self, tensors: Mapping[str, Tensor]) -> None:
+    def apply_(self, tensors: Mapping[str, Tensor], once: bool = False) -> None:
         """Make what is pruned exactly +0, in place, whatever is there: −0, NaN or infinity.
 
         The bits of each element are and-ed with ones or zeros, at the cost of one read and one write. Names that have
@@ -183,18 +215,30 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             tensors: Weights, gradients or moments, by the names of the weights; of the weights' shapes.
+            once: The masks are not going to be applied again, so that nothing is remembered for it, which takes as much
+                memory as the weights.
+
+        Raises:
+            UnsupportedSetup: A tensor has another shape than its mask.
         """
-        rows = [(tensor.detach(), self._word(name, tensor)) for name, tensor in tensors.items() if name in self]
-        with one_thread([tensor for tensor, _ in rows]):
-            for tensor, word in rows:
+        masked = {name: tensor.detach() for name, tensor in tensors.items() if name in self}
+        with one_thread(list(masked.values())):
+            for name, tensor in masked.items():
+                word = self._word(name, tensor, once)
                 tensor.view(word.dtype).bitwise_and_(word)
 
-    def _word(self, name: str, like: Tensor) -> Tensor:
+    def _word(self, name: str, like: Tensor, once: bool) -> Tensor:
         """The mask in whole words of this type's width: −1, all ones, where kept."""
-        key = name, like.element_size(), like.device
-        if key not in self._words:
-            self._words[key] = -self._kept[name].to(like.device, _WORDS[like.element_size()])
-        return self._words[key]
+        mask, key = self._kept[name], (name, like.element_size(), like.device)
+        if mask.shape != like.shape:
+            shapes = f"{tuple(mask.shape)}, the tensor {tuple(like.shape)}"
+            raise UnsupportedSetup(f"the mask of {name} is {shapes}: expected the same. Make masks of this model.")
+        if key in self._words:
+            return self._words[key]
+        word = torch.empty_like(like, dtype=_WORDS[like.element_size()]).copy_(mask).neg_()  # in the same layout
+        if not once:
+            self._words[key] = word
+        return word
 
     def state(self) -> dict[str, Any]:
         """For files: one bit an element, and the shapes."""

@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.layers.masks import Masks, pruned_in
-from lightning_soup.layers.thresholds import kth_smallest
+from lightning_soup.layers.thresholds import above, kth_smallest
 
 __all__ = [
     "Of",
@@ -25,6 +26,7 @@ __all__ = [
 
 Rounding = Literal["direct", "compound"]
 Of = Literal["all", "survivors"]
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SELECTIONS = ("global", "uniform", "lamp", "erk", "random", "rows")
 
 
@@ -111,22 +113,25 @@ def prune_(
         The new masks. Uniform and ERK shares are rounded so that their sum is exact.
 
     Raises:
-        UnsupportedSetup: More is pruned already, a tensor's inputs do not divide by M, or an option is unknown.
+        UnsupportedSetup: More is pruned already, a tensor's inputs do not divide by M, an option is unknown, or a
+            tensor is sharded, on the meta device, or of another type than floats of 16, 32 or 64 bits.
         NonFiniteWeights: A weight is NaN or infinite.
 
     Source: Zimmer et al., Sparse Model Soups (arXiv 2306.16788); LAMP: Lee et al. (arXiv 2010.07611); ERK: Evci et al.
     (arXiv 1911.11134).
     """
     grouped = check_selection(selection)
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, least_ndim=2 if grouped or selection == "rows" else 0)
     if masks is None:
         masks = Masks.full(tensors)
     else:
         masks.check(tensors, "prune_")
-        masks.apply_(tensors)
+        masks.apply_(tensors, once=True)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise NonFiniteWeights(f"{name} has a NaN or an infinite value, so it cannot be pruned by magnitude.")
-    old = [masks[name] for name in tensors]
+    old = [masks[name].to(tensor.device).contiguous() for name, tensor in tensors.items()]
     if grouped:
         new = _n_of_m(tensors, old, *grouped, amount)
     elif selection == "rows":
@@ -135,7 +140,7 @@ def prune_(
         goal = _goal("all prunable tensors", masks.size, masks.pruned, amount, of)
         new = _smallest(list(tensors.values()), old, goal, selection, seed)
     extended = Masks(dict(zip(tensors, new, strict=True)))
-    extended.apply_(tensors)
+    extended.apply_(tensors, once=True)
     return extended
 
 
@@ -147,7 +152,7 @@ def erk_densities(shapes: Sequence[Sequence[int]], sparsity: float) -> list[floa
         sparsity: S.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    kept, dense = (1 - sparsity) * sum(sizes), [False] * len(shapes)
+    kept, dense = (1 - sparsity) * sum(sizes), [size == 0 for size in sizes]
     while True:
         left = kept - sum(size for size, full in zip(sizes, dense, strict=True) if full)
         spread = sum(sum(shape) for shape, full in zip(shapes, dense, strict=True) if not full)
@@ -159,10 +164,24 @@ def erk_densities(shapes: Sequence[Sequence[int]], sparsity: float) -> list[floa
         dense = [full or more for full, more in zip(dense, over, strict=True)]
 
 
+def _check_tensor(name: str, tensor: Tensor, least_ndim: int) -> None:
+    """Refuse what cannot be ranked element by element."""
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__} of layout {tensor.layout}"
+        raise UnsupportedSetup(f"{name} is {kind}: expected a whole tensor with values. Gather or load it first.")
+    if tensor.dtype not in _DTYPES:
+        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise UnsupportedSetup(f"{name} is {tensor.dtype}: expected {types}. Convert it, or leave it out.")
+    if tensor.ndim < least_ndim:
+        raise UnsupportedSetup(f"{name} is {tuple(tensor.shape)}: expected rows and inputs. Exclude it.")
+
+
 def _goal(what: str, size: int, pruned: int, amount: float, of: Of) -> int:
     """How many are pruned in the end."""
-    if not 0 <= amount <= 1:
-        raise UnsupportedSetup(f"amount={amount}: expected a share, 0 … 1.")
+    if isinstance(amount, str) or not 0 <= amount <= 1:
+        raise UnsupportedSetup(f"amount={amount!r}: expected a share, 0 … 1.")
+    if of not in ("all", "survivors"):
+        raise UnsupportedSetup(f"of={of!r}: expected all or survivors.")
     goal = round(size * amount) if of == "all" else pruned + round((size - pruned) * amount)
     if goal < pruned:
         raise UnsupportedSetup(
@@ -183,7 +202,7 @@ def _smallest(tensors: list[Tensor], old: list[Tensor], goal: int, selection: st
         return _least(scores, old, goal)
     sizes, pruned = [tensor.numel() for tensor in tensors], [pruned_in(mask) for mask in old]
     if selection == "erk":
-        densities = erk_densities([tensor.shape for tensor in tensors], goal / sum(sizes))
+        densities = erk_densities([tensor.shape for tensor in tensors], goal / max(sum(sizes), 1))
         exact = [size * (1 - density) for size, density in zip(sizes, densities, strict=True)]
     else:
         share = (goal - sum(pruned)) / max(sum(sizes) - sum(pruned), 1)
@@ -196,23 +215,18 @@ def _smallest(tensors: list[Tensor], old: list[Tensor], goal: int, selection: st
 def _least(scores: list[Tensor], old: list[Tensor], goal: int, absolute: bool = False) -> list[Tensor]:
     """Masks without the ``goal`` smallest scores; those of what is pruned already are 0."""
     if goal == 0:
-        return [mask.clone() for mask in old]
-    value, below, equals = kth_smallest(scores, goal, absolute)
+        return old
+    value, below, _ = kth_smallest(scores, goal, absolute)
     if value == 0:  # there are zeros enough: what is pruned already is among them, and goes first
         missing = goal - sum(pruned_in(mask) for mask in old)
         zeros = [torch.logical_and(score == 0, mask) for score, mask in zip(scores, old, strict=True)]
         return _without_first(old, zeros, missing)
-    limits = [value.to(score.device) for score in scores]
-    larger = [(s > x) | (s < -x) if absolute else s > x for s, x in zip(scores, limits, strict=True)]
-    if goal - below == equals:
-        return [mask.contiguous() for mask in larger]
-    ties = [(s.abs() if absolute else s) == x for s, x in zip(scores, limits, strict=True)]
-    return _without_first([mask | tie for mask, tie in zip(larger, ties, strict=True)], ties, goal - below)
+    return above(scores, value, goal - below, absolute)
 
 
 def _without_first(kept: list[Tensor], ties: list[Tensor], count: int) -> list[Tensor]:
     """Masks without the first ``count`` of the ties."""
-    new = [mask.clone(memory_format=torch.contiguous_format) for mask in kept]
+    new = [mask.clone() for mask in kept]
     for mask, tie in zip(new, ties, strict=True):
         places = tie.reshape(-1).nonzero().squeeze(1)[:count]
         mask.view(-1)[places] = False
@@ -223,10 +237,12 @@ def _without_first(kept: list[Tensor], ties: list[Tensor], count: int) -> list[T
 def lamp_scores(tensor: Tensor) -> Tensor:
     """``w_u² / Σ w_v²`` over all v with ``w_v² ≥ w_u²``, in one tensor; 0 for zeros."""
     squares = tensor.double().square().reshape(-1)
-    ordered, places = squares.sort(stable=True)
-    sums = ordered.flip(0).cumsum(0).flip(0)
+    ordered, places = squares.sort()
+    # A GPU adds up in another order each time, and refuses to where deterministic algorithms are wanted.
+    sums = ordered.flip(0).cpu().cumsum(0).flip(0).to(tensor.device)
     first = torch.searchsorted(ordered, ordered)  # of equals, whose sums are the same
-    scores = torch.empty_like(squares).scatter_(0, places, ordered / sums[first])
+    scores = torch.empty_like(squares)
+    scores[places] = ordered / sums[first]
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return scores.nan_to_num_(0.0).to(wide).reshape(tensor.shape)
 
@@ -234,8 +250,8 @@ def lamp_scores(tensor: Tensor) -> Tensor:
 def _rows(name: str, tensor: Tensor, mask: Tensor, amount: float, of: Of) -> Tensor:
     kept = mask.flatten(1).any(1)
     goal = _goal(f"rows of {name}", len(kept), pruned_in(kept), amount, of)
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=wide).masked_fill_(~kept, -1.0)
+    # Wide enough for squares of any float32, else rows of tiny or huge weights would all be equal.
+    norms = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).masked_fill_(~kept, -1.0)
     gone = norms.argsort(stable=True)[:goal]
     new = mask.clone()
     new[gone] = False
@@ -268,7 +284,7 @@ def _n_of_m(tensors: Mapping[str, Tensor], old: list[Tensor], n: int, m: int, am
         scores = tensor.abs().masked_fill(~mask, -1.0).movedim(1, -1).unflatten(-1, (-1, m))
         gone = scores.argsort(dim=-1, stable=True)[..., : m - n]
         kept = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, gone, False)
-        new.append((kept.flatten(-2).movedim(-1, 1) & mask).contiguous())
+        new.append(mask & kept.flatten(-2).movedim(-1, 1))
     return new
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_soup.threads import one_thread
 
-__all__ = ["kth_smallest"]
+__all__ = ["above", "kth_smallest"]
 
 _CHUNK = 1 << 17  # elements worked on at a time: a chunk and what is compared of it stay in the cache
 _STRIDE = 257  # of the sample; odd, so that it does not run along the columns of a matrix
@@ -25,39 +25,79 @@ def kth_smallest(scores: Sequence[Tensor], k: int, absolute: bool = False) -> tu
     is exact always, and takes no memory beyond the sample, a chunk and the candidates.
 
     Args:
-        scores: Finite tensors of float64, float32 or 16 bits, which are compared as float32 unless one has 64 bits.
+        scores: Finite tensors of float64, float32 or 16 bits, which are compared as float32 unless one has 64 bits, and
+            on the device of the first.
         k: 1 … their number.
         absolute: Take magnitudes. Else no score may be negative.
 
     Returns:
         The value, without dimensions, as float32 or float64; the number of scores below it, less than k; and of those
         equal to it, 1 or more.
+
+    Raises:
+        ValueError: k is out of range.
     """
     total = sum(score.numel() for score in scores)
     if not 1 <= k <= total:
         raise ValueError(f"k={k}: expected 1 … {total}.")
-    flat = [score.detach().reshape(-1) for score in scores if score.numel()]
+    flat = [score.detach().reshape(-1) for score in scores]
     wide = torch.float32
     for score in flat:
         wide = torch.promote_types(wide, score.dtype)
     with torch.no_grad(), one_thread(flat):
-        sample = torch.cat([score[::_STRIDE].to(wide) for score in flat])
+        sample = torch.cat([score[::_STRIDE].to(flat[0].device, wide) for score in flat])
         low, high = _bracket(sample.abs_() if absolute else sample, k / total)
         del sample
         return _search(lambda: _chunks(flat, wide, absolute), k, low, high)
 
 
+def above(scores: Sequence[Tensor], value: Tensor, skipped: int, absolute: bool = False) -> list[Tensor]:
+    """Where scores are above a value or equal to it, but for the first of these equals.
+
+    Args:
+        scores: As of :func:`kth_smallest`.
+        value: As :func:`kth_smallest` gives it; its type is that of the comparison.
+        skipped: How many of the equals are left out, in the order of tensors and of their elements.
+        absolute: As of :func:`kth_smallest`.
+
+    Returns:
+        A contiguous boolean tensor for each, on its device.
+    """
+    places = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    limit = float(value)
+    with torch.no_grad(), one_thread(scores):
+        for score, place in zip(scores, places, strict=True):
+            left = place.view(-1)
+            for chunk in _chunks([score.detach().reshape(-1)], value.dtype, absolute):
+                equals = _compare(chunk, limit, left[: len(chunk)])
+                left[equals[skipped:]] = True
+                skipped = max(skipped - len(equals), 0)
+                left = left[len(chunk) :]
+    return places
+
+
+def _compare(chunk: Tensor, limit: float, larger: Tensor) -> Tensor:
+    """Write where a chunk is larger; the places where it is equal."""
+    if chunk.device.type != "cpu":
+        torch.gt(chunk, limit, out=larger)
+        return (chunk == limit).nonzero().squeeze(1)
+    values = chunk.numpy()
+    np.greater(values, limit, out=larger.numpy())
+    return torch.from_numpy(np.flatnonzero(values == limit))
+
+
 def _chunks(flat: Sequence[Tensor], wide: torch.dtype, absolute: bool) -> Iterator[Tensor]:
     """All scores in turn, in memory that is used again."""
     device, longest = flat[0].device, max(len(score) for score in flat)
-    step = min(longest, _CHUNK) if device.type == "cpu" else longest
+    step = max(1, min(longest, _CHUNK) if device.type == "cpu" else longest)
     scratch = torch.empty(step, dtype=wide, device=device)
     for score in flat:
         for start in range(0, len(score), step):
             part = score[start : start + step]
-            if absolute and part.dtype == wide:
+            here = part.dtype == wide and part.device == device
+            if absolute and here:
                 yield torch.abs(part, out=scratch[: len(part)])
-            elif absolute or part.dtype != wide:
+            elif not here:
                 chunk = scratch[: len(part)].copy_(part)
                 yield chunk.abs_() if absolute else chunk
             else:
@@ -67,11 +107,22 @@ def _chunks(flat: Sequence[Tensor], wide: torch.dtype, absolute: bool) -> Iterat
 def _bracket(sample: Tensor, quantile: float) -> tuple[float, float]:
     """Two values between which the quantile very probably lies."""
     count = len(sample)
-    margin = _MARGIN * (quantile * (1 - quantile) * count) ** 0.5 + 1
+    margin = _MARGIN * (quantile * (1 - quantile) * count) ** 0.5
     below, above = int(quantile * count - margin), int(quantile * count + margin) + 1
-    low = float(torch.kthvalue(sample, below).values) if below >= 1 else 0.0
-    high = float(torch.kthvalue(sample, above).values) if above <= count else torch.finfo(sample.dtype).max
+    low = float(_kth(sample, below)) if below >= 1 else 0.0
+    high = float(_kth(sample, above)) if above <= count else torch.finfo(sample.dtype).max
     return low, high
+
+
+def _kth(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest; may reorder the values.
+
+    Not by ``torch.kthvalue``: its places take memory, and a GPU refuses it where deterministic algorithms are wanted.
+    """
+    if values.device.type != "cpu":
+        return values.sort().values[k - 1]
+    values.numpy().partition(k - 1)
+    return values[k - 1]
 
 
 def _search(chunks: Callable[[], Iterator[Tensor]], k: int, low: float, high: float) -> tuple[Tensor, int, int]:
@@ -85,7 +136,7 @@ def _search(chunks: Callable[[], Iterator[Tensor]], k: int, low: float, high: fl
         elif k > below + inside:
             least = _bits(high, dtype) + 1
         elif candidates is not None:
-            value = torch.kthvalue(candidates, k - below).values
+            value = _kth(candidates, k - below)
             return value, below + int((candidates < value).sum()), int((candidates == value).sum())
         elif low == high:
             return torch.tensor(low, dtype=dtype, device=next(chunks()).device), below, inside

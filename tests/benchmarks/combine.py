@@ -16,7 +16,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,8 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_soup.weights import combine
+from tests.benchmarks.measures import Work, extra_memory, in_turn, measures_memory, median_ratio, ratios
 
-Method = Callable[[], object]
 Load = Callable[[Path], dict[str, torch.Tensor]]
 _OUT = "out.safetensors"
 
@@ -111,7 +110,7 @@ def _lightning(shapes: dict[str, torch.Size], path: Path, seed: int) -> Path:
 # ------------------------------------------------------------------------------------------------------------- methods
 
 
-def _methods(files: list[Path], out: Path, size: int, loops: dict[str, Load]) -> dict[str, Method]:
+def _methods(files: list[Path], out: Path, size: int, loops: dict[str, Load]) -> dict[str, Work]:
     share = [1 / len(files)] * len(files)
     return {
         "limit": lambda: _limit(files, out, size),
@@ -164,26 +163,16 @@ def _mapped_checkpoint(file: Path) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------- measures
 
 
-def _table(title: str, methods: dict[str, Method], rounds: int, folder: Path, size: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for turn in range(rounds + 1):
-        for name in list(methods)[:: 1 if turn % 2 else -1]:
-            _make_room(folder, size)
-            start = time.process_time()
-            methods[name]()
-            times[name].append(time.process_time() - start)
+def _table(title: str, methods: dict[str, Work], rounds: int, folder: Path, size: int) -> None:
+    times = in_turn(methods, rounds, before=partial(_make_room, folder, size))
     print(f"\n{title}\n{'':22}{'CPU s':>8}{'x limit':>9}{'least':>8}{'most':>8}{'x ours':>9}")
     for name, seconds in times.items():
-        to_limit = _ratios(seconds, times["limit"])
-        to_ours = statistics.median(_ratios(seconds, times["ours"]))
+        to_limit = ratios(seconds, times["limit"])
+        to_ours = median_ratio(seconds, times["ours"])
         print(
-            f"{name:22}{statistics.median(seconds[1:]):8.3f}{statistics.median(to_limit):9.2f}{min(to_limit):8.2f}"
+            f"{name:22}{statistics.median(seconds):8.3f}{statistics.median(to_limit):9.2f}{min(to_limit):8.2f}"
             f"{max(to_limit):8.2f}{to_ours:9.2f}"
         )
-
-
-def _ratios(seconds: list[float], base: list[float]) -> list[float]:
-    return [a / b for a, b in zip(seconds[1:], base[1:], strict=True)]
 
 
 def _make_room(folder: Path, size: int) -> None:
@@ -206,20 +195,16 @@ def _two_threads(files: list[Path], folder: Path, rounds: int) -> None:
     spinner = multiprocessing.get_context("spawn").Process(target=_spin, args=(cores[1],), daemon=True)
     spinner.start()
     os.sched_setaffinity(0, cores)
-    share, times = [1 / len(files)] * len(files), {1: [], 2: []}
+    share, out = [1 / len(files)] * len(files), folder / _OUT
+    work = {count: partial(combine, files, share, out, threads=int(count)) for count in ("1", "2")}
     try:
-        for turn in range(rounds + 1):
-            for threads in (1, 2) if turn % 2 else (2, 1):
-                _make_room(folder, files[0].stat().st_size)
-                start = time.perf_counter()
-                combine(files, share, folder / _OUT, threads=threads)
-                times[threads].append(time.perf_counter() - start)
+        times = in_turn(work, rounds, time.perf_counter, partial(_make_room, folder, files[0].stat().st_size))
     finally:
         os.sched_setaffinity(0, all_cores)
         spinner.terminate()
         spinner.join()
-    one, two = (statistics.median(times[threads][1:]) for threads in (1, 2))
-    ratio = statistics.median(_ratios(times[2], times[1]))
+    one, two = map(statistics.median, times.values())
+    ratio = median_ratio(times["2"], times["1"])
     print(f"\none core of two busy: one thread {one:.3f} s, two threads {two:.3f} s wall, ratio {ratio:.2f}")
 
 
@@ -232,7 +217,7 @@ def _spin(core: int) -> None:
 
 def _memory(files: list[Path], folder: Path, size: int) -> None:
     """Anonymous memory beyond that of the imports, at its peak, each number of checkpoints in a fresh process."""
-    if not Path("/proc/self/status").exists():
+    if not measures_memory():
         print("\nmemory: needs Linux")
         return
     print("\nextra anonymous memory, MiB")
@@ -245,23 +230,7 @@ def _memory(files: list[Path], folder: Path, size: int) -> None:
 
 
 def _peak(files: list[Path], out: Path, threads: int) -> float:
-    done, peak, before = threading.Event(), [0], _anonymous()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    combine(files, [1 / len(files)] * len(files), out, threads=threads)
-    done.set()
-    watcher.join()
-    return (peak[0] - before) / 1024
-
-
-def _anonymous() -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0])
+    return extra_memory(lambda: combine(files, [1 / len(files)] * len(files), out, threads=threads))
 
 
 if __name__ == "__main__":

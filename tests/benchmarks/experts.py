@@ -12,9 +12,7 @@ tokens where the layer took 0.96 ×, and 2.27 × for 197 where the layer took 1.
 import argparse
 import copy
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,9 +22,9 @@ from torch import Tensor, nn
 
 from lightning_soup.layers import RandomUniformMoE, average_experts_, use_experts
 from lightning_soup.layers.conversion import experts_of
+from tests.benchmarks.measures import Work, print_ratios
 
 WIDTH, HIDDEN, EXPERTS, LAYERS = 384, 1536, 4, 6
-Work = Callable[[], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,31 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for tokens in (3152, 197):
-        _table(f"layer, forward and backward, {tokens} tokens", _layers(tokens), options.rounds)
-    _table(f"averaging step, {LAYERS} layers", _averaging(), options.rounds)
-    _table(f"ViT-S, training step, {options.images} images", _steps(options.images, train=True), options.rounds)
-    _table(f"ViT-S, evaluation step, {options.images} images", _steps(options.images, train=False), options.rounds)
-
-
-def ratios(work: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Cost of each, in units of the first: medians over the rounds, after one to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
-        times = {}
-        for name in work if number % 2 else reversed(work):
-            begin = time.process_time()
-            work[name]()
-            times[name] = time.process_time() - begin
-        if number:
-            for name, value in times.items():
-                found[name].append(value / times[next(iter(work))])
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def _table(title: str, work: dict[str, Work], rounds: int) -> None:
-    print(f"\n{title}")
-    for name, ratio in ratios(work, rounds).items():
-        print(f"  {name:48} {ratio:6.2f} x")
+        print_ratios(f"layer, forward and backward, {tokens} tokens", _layers(tokens), options.rounds)
+    print_ratios(f"averaging step, {LAYERS} layers", _averaging(), options.rounds)
+    print_ratios(f"ViT-S, training step, {options.images} images", _steps(options.images, train=True), options.rounds)
+    print_ratios(
+        f"ViT-S, evaluation step, {options.images} images", _steps(options.images, train=False), options.rounds
+    )
 
 
 def _mlp() -> nn.Module:

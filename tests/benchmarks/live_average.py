@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -24,8 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from lightning_soup.callbacks.averaged_tensors import Group
 from lightning_soup.callbacks.selected_tensors import select
 from lightning_soup.callbacks.shadow import RunningMean
-
-Method = Callable[[], object]
+from tests.benchmarks.measures import Work, in_turn, median_ratio
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,7 +66,7 @@ def _group(module: LightningModule) -> Group:
     return group
 
 
-def _updates(module: LightningModule, count: int) -> dict[str, Method]:
+def _updates(module: LightningModule, count: int) -> dict[str, Work]:
     a, b, group = torch.zeros(count), torch.ones(count), _group(module)
     stock = AveragedModel(module.model, avg_fn=get_ema_avg_fn(0.999))
 
@@ -84,7 +83,7 @@ def _updates(module: LightningModule, count: int) -> dict[str, Method]:
     }
 
 
-def _exchanges(module: LightningModule, count: int) -> dict[str, Method]:
+def _exchanges(module: LightningModule, count: int) -> dict[str, Work]:
     a, b, group = torch.zeros(count), torch.ones(count), _group(module)
     stock = EMAWeightAveraging()
     stock._average_model = AveragedModel(module)
@@ -110,20 +109,11 @@ def _exchanges(module: LightningModule, count: int) -> dict[str, Method]:
     return {"limit": limit, "ours": ours, "ours, NaN looked for": checked, "Lightning's EMA": lightnings}
 
 
-def _report(title: str, methods: dict[str, Method], rounds: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds + 1):
-        order = list(methods.items())
-        for name, method in order if number % 2 else reversed(order):
-            begun = time.perf_counter()
-            method()
-            if number:
-                times[name].append(time.perf_counter() - begun)
+def _report(title: str, methods: dict[str, Work], rounds: int) -> None:
+    times = in_turn(methods, rounds, time.perf_counter)
     print(f"\n{title:32} {'ms':>9} {'x limit':>9} {'x ours':>9}")
     for name, values in times.items():
-        of = [
-            statistics.median(v / w for v, w in zip(values, times[other], strict=True)) for other in ("limit", "ours")
-        ]
+        of = [median_ratio(values, times[other]) for other in ("limit", "ours")]
         print(f"{name:32} {1e3 * statistics.median(values):9.2f} {of[0]:9.2f} {of[1]:9.1f}")
 
 

@@ -390,9 +390,13 @@ class TestResume:
         assert mask.masks == masks
         assert zeros(module) == round(SIZE * 0.8)
 
-    def test_another_module_begins_dense(self):
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_another_module_begins_dense(self, resumed, tmp_path):
         mask = SparsityMask(0.8, start="2 epochs")
-        _, first, _ = fit(mask)
+        trainer, first, _ = fit(mask)
+        if resumed:
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+            _, first, _ = fit(mask, epochs=4, ckpt_path=tmp_path / "x.ckpt")
         _, second, seen = fit(mask, seed=4)
         assert seen[0] == 0
         assert zeros(first) == zeros(second)
@@ -564,6 +568,12 @@ class TestBadInput:
 
 class SparsityMaskOfAnotherKind(SparsityMask):
     """So that Lightning does not take the two for one."""
+
+
+def test_evaluation_needs_nothing_to_prune():
+    module, trainer = TinyClassifier(), quiet_trainer(callbacks=[SparsityMask(0.5, exclude=["*"])])
+    trainer.validate(module, loaders()[1], verbose=False)
+    assert zeros(module) == 0
 
 
 def test_masks_can_be_looked_at():

@@ -45,10 +45,62 @@ class TestPrunable:
                 self.second.weight = self.first.weight
 
         assert list(prunable(Tied())) == ["first.weight"]
+        with pytest.raises(UnsupportedSetup, match="nothing in Tied can be pruned"):
+            prunable(Tied(), exclude=["second.*"])  # the name that named_parameters does not give
+
+    def test_weights_tied_by_a_view_are_refused(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+        model[1].weight = nn.Parameter(model[0].weight.detach().T)
+        with pytest.raises(UnsupportedSetup, match=r"0\.weight and 1\.weight are .* in the same memory"):
+            prunable(model)
+        assert list(prunable(model, exclude=["1.*"])) == ["0.weight"]
+        flat = nn.Parameter(torch.rand(12))
+        model[0].weight, model[1].weight = nn.Parameter(flat[:6].view(3, 2)), nn.Parameter(flat[6:].view(2, 3))
+        assert len(prunable(model)) == 2
+
+    def test_weights_without_values_have_names(self) -> None:
+        with torch.device("meta"):
+            assert len(prunable(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))) == 2
+
+    @pytest.mark.filterwarnings("ignore:Lazy modules")
+    def test_weights_without_shapes_are_named(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+        with pytest.raises(UnsupportedSetup, match=r"1\.weight has no shape yet"):
+            prunable(model)
+
+    def test_whole_numbers_are_left_out(self) -> None:
+        model = nn.Linear(2, 2)
+        model.codes = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+        assert list(prunable(model)) == ["weight"]
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "encoder.pos_embedding",
+            "visual.positional_embedding",
+            "cls_token",
+            "class_token",
+            "class_embedding",
+            "reg_token",
+            "embeddings.register_tokens",
+            "dist_token",
+            "mask_token",
+            "layers.0.attn.relative_position_bias_table",
+            "token_embedding.weight",
+            "logit_scale",
+        ],
+    )
+    def test_embeddings_and_tokens_are_no_layers(self, name: str) -> None:
+        model = nn.ParameterDict({name.replace(".", "_"): torch.rand(2, 2), "layer": torch.rand(2, 2)})
+        assert list(prunable(model)) == ["layer"]
 
     def test_patterns_are_ones_own(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         assert list(prunable(model, exclude=["0.*"])) == ["1.weight"]
+        model[0] = torch.compile(model[0], backend="eager")
+        for name in ("0.weight", "0._orig_mod.weight"):
+            assert list(prunable(model, exclude=[name])) == ["1.weight"]
+        assert list(prunable(model, exclude=["1.weight"])) == ["0._orig_mod.weight"]
 
     @pytest.mark.parametrize("options", [{"exclude": ["*"]}, {"skip_first": True, "skip_head": True}], ids=str)
     def test_nothing_prunable(self, options: dict[str, object]) -> None:
@@ -159,12 +211,22 @@ class TestFiles:
         torch.save(_masks().state(), tmp_path / "masks.pt")
         assert Masks.from_state(torch.load(tmp_path / "masks.pt", weights_only=True)) == _masks()
 
-    @pytest.mark.parametrize("damage", [lambda s: s["bits"].pop("a"), lambda s: s["bits"].update(a=torch.ones(1))])
+    @pytest.mark.parametrize("damage", [None, torch.ones(1), torch.ones(0).byte(), torch.ones(2).byte(), b"1"], ids=str)
     def test_damage_is_named(self, damage) -> None:
         state = _masks().state()
-        damage(state)
+        state["bits"]["a"] = damage
         with pytest.raises(UnsupportedSetup, match="the mask of a is damaged: expected 1 bytes"):
             Masks.from_state(state)
+
+    def test_other_states(self) -> None:
+        for found in ("bits", "shapes", "weights"):
+            with pytest.raises(UnsupportedSetup, match=f"expected bits and shapes, found {found}"):
+                Masks.from_state({found: {}})
+
+    def test_masks_of_a_large_other_model(self) -> None:
+        many = {f"layer{number}": torch.ones(1, 1) for number in range(12)}
+        with pytest.raises(UnsupportedSetup, match=r"12 tensors differ: .*layer9: mask missing, weights \(1, 1\). Use"):
+            Masks({}).check(many, "the checkpoint")
 
     def test_masks_of_another_model(self) -> None:
         with pytest.raises(UnsupportedSetup, match=r"(?s)the checkpoint holds the masks of another model.*3 tensors.*"):

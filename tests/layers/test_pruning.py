@@ -20,7 +20,7 @@ def _two() -> dict[str, Tensor]:
     }
 
 
-def _layers(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def layers(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     shapes = {"conv": (8, 4, 3, 3), "wide": (16, 40), "narrow": (10, 16)}
     return {n: torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
@@ -46,6 +46,7 @@ class TestSchedules:
         reached = [amount for amount, _ in cycle_amounts(0.9, 3)]
         assert reached == pytest.approx([0.5358411166387221, 0.7845565309968117, 0.9], abs=1e-12)
         assert reached[-1] == 0.9
+        assert cycle_amounts(0.1, 3)[-1] == (0.1, "all")  # not 1 - (1 - 0.1), which is less
         assert [a for a, _ in cycle_amounts(0.98, 3)][:2] == pytest.approx([0.7285582383405094, 0.9263193700271922])
 
     def test_both_roundings(self) -> None:
@@ -59,9 +60,9 @@ class TestSchedules:
     def test_gradual(self) -> None:
         found = [cubic_sparsity(0.9, t) for t in (0, 1 / 4, 1 / 2, 3 / 4, 1)]
         assert found == pytest.approx([0, 0.5203125, 0.7875, 0.8859375, 0.9], abs=1e-12)
-        assert cubic_sparsity(0.9, 7) == 0.9
+        assert (cubic_sparsity(0.9, -1), cubic_sparsity(0.9, 7)) == (0, 0.9)
 
-    @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan])
+    @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan, "0.9"])
     def test_sparsity_out_of_range(self, sparsity: float) -> None:
         with pytest.raises(UnsupportedSetup, match="expected a share above 0 and below 1"):
             cycle_amounts(sparsity, 3)
@@ -100,6 +101,15 @@ class TestGolden:
         assert lamp_scores(torch.tensor([[2.0, -2, 1, 0]]).double())[0].tolist() == pytest.approx([0.5, 0.5, 1 / 9, 0])
         assert lamp_scores(torch.zeros(2, 2)).tolist() == [[0, 0], [0, 0]]
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_lamp_of_squares_that_the_type_cannot_hold(self, dtype: torch.dtype) -> None:
+        weight = torch.tensor([[300.0, 1e-3, 2e-3, 400]]).to(dtype)
+        if dtype == torch.float32:
+            weight *= 1e-25
+        exact = weight.double().square()
+        found = lamp_scores(weight).double()
+        torch.testing.assert_close(found, exact / (exact * (exact >= exact.mT)).sum(1), rtol=1e-6, atol=0)
+
     def test_erk(self) -> None:
         shapes = [(8, 3, 3, 3), (16, 8, 3, 3), (10, 16)]
         found = erk_densities(shapes, 0.8)
@@ -123,7 +133,7 @@ class TestExact:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("selection", ["global", "uniform", "lamp", "erk", "random"])
     def test_counts_are_exact_and_masks_only_grow(self, selection: str, dtype: torch.dtype) -> None:
-        tensors, before = _layers(dtype=dtype), None
+        tensors, before = layers(dtype=dtype), None
         for amount in (0.0, 0.013, 0.3, 0.62, 0.9, 0.9, 0.999, 1.0):
             masks = prune_(tensors, amount, before, selection, seed=int(1000 * amount))
             assert masks.pruned == round(masks.size * amount)
@@ -137,7 +147,7 @@ class TestExact:
                     tensor += torch.randn(tensor.shape, generator=draw).to(dtype) * masks[name]
 
     def test_global_takes_the_smallest(self) -> None:
-        tensors = _layers()
+        tensors = layers()
         values = torch.cat([tensor.flatten() for tensor in tensors.values()]).abs()
         kept = torch.cat([mask.flatten() for mask in prune_(tensors, 0.7).values()])
         assert values[kept].min() > values[~kept].max()
@@ -150,13 +160,47 @@ class TestExact:
 
     @pytest.mark.parametrize("selection", ["global", "uniform", "random", "lamp"])
     def test_live_zeros_are_not_taken_for_pruned_ones(self, selection: str) -> None:
-        masks = Masks({"w": torch.tensor([[True, True, True, False, True, False]])})
-        tensors = {"w": torch.tensor([[0.0, 3, 0, 0, 0, 0]])}
+        for kept, expected in (([1, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0]), ([0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 1])):
+            masks = Masks({"w": torch.tensor([kept]).bool()})
+            found = prune_({"w": torch.tensor([[0.0, 3, 0, 0, 0, 0]])}, 0.5, masks, selection)
+            assert found.pruned == 3
+            assert not (found["w"] & ~masks["w"]).any()
+            assert selection == "random" or found["w"].int().tolist() == [expected]
+
+    def test_live_zeros_of_several_tensors(self) -> None:
+        tensors = {"a": torch.tensor([[0.0, 1, 0]]), "b": torch.tensor([[0.0, 0, 1]])}
+        assert [m.int().tolist() for m in prune_(tensors, 0.5).values()] == [[[0, 1, 0]], [[0, 1, 1]]]
+
+    @pytest.mark.parametrize("selection", [*EVERY, "1:2"])
+    def test_given_masks_stay_as_they_are(self, selection: str) -> None:
+        tensors = layers()
+        masks = prune_(tensors, 0.25, selection="random")
+        before = Masks({name: mask.clone() for name, mask in masks.items()})
         found = prune_(tensors, 0.5, masks, selection)
-        assert found.pruned == 3
-        assert not (found["w"] & ~masks["w"]).any()
-        if selection != "random":
-            assert found["w"].tolist() == [[False, True, True, False, True, False]]
+        assert masks == before
+        assert found.pruned > masks.pruned
+
+    @pytest.mark.parametrize("selection", [*EVERY, "1:2"])
+    def test_transposed_masks(self, selection: str) -> None:
+        mask, weight = torch.ones(8, 4, dtype=torch.bool), torch.zeros(4, 8)
+        mask[:4, 0] = False
+        found = prune_({"w": weight}, 0.5, Masks({"w": mask.T}), selection)["w"]
+        assert found.is_contiguous()
+        assert not found[0, :4].any()
+
+    def test_uniform_takes_the_same_share_of_what_is_left(self) -> None:
+        tensors = {name: torch.arange(1.0, 11).reshape(1, 10) for name in ("a", "b")}
+        masks = Masks({"a": torch.arange(10).reshape(1, 10) >= 5, "b": torch.ones(1, 10, dtype=torch.bool)})
+        found = prune_(tensors, 0.5, masks, "uniform")
+        assert [int(mask.sum()) for mask in found.values()] == [10 - 7, 10 - 3]  # 5 + 5/3 and 10/3
+        found = prune_({name: torch.rand(1, 5) for name in ("a", "b")}, 0.5, selection="uniform")
+        assert [int(mask.sum()) for mask in found.values()] == [5 - 3, 5 - 2]  # between equals the lower goes first
+
+    @pytest.mark.parametrize("selection", ["uniform", "erk"])
+    def test_another_selection_goes_on_from_masks(self, selection: str) -> None:
+        tensors = _two()
+        found = prune_(tensors, 0.625, prune_(tensors, 0.5), selection)
+        assert [mask.int().tolist()[0] for mask in found.values()] == [[0, 0, 0, 0], [0, 1, 1, 1]]
 
     def test_weights_that_came_back_are_not_ranked(self) -> None:
         masks = Masks({"w": torch.tensor([[True, True, False, True]])})
@@ -165,58 +209,18 @@ class TestExact:
         assert tensors["w"].tolist() == [[0, 2, 0, 3]]
 
     def test_random_is_that_of_its_seed(self) -> None:
-        same = [prune_(_layers(), 0.5, selection="random", seed=s) for s in (1, 1, 2)]
+        same = [prune_(layers(), 0.5, selection="random", seed=s) for s in (1, 1, 2)]
         assert same[0] == same[1] != same[2]
 
     def test_non_contiguous_weights(self) -> None:
-        whole = _layers()["wide"]
+        whole = layers()["wide"]
         masks = prune_({"w": whole.T}, 0.5)
-        assert masks["w"].T.contiguous().equal(prune_({"w": _layers()["wide"]}, 0.5)["w"])
+        assert masks["w"].T.contiguous().equal(prune_({"w": layers()["wide"]}, 0.5)["w"])
         assert torch.count_nonzero(whole) == whole.numel() // 2
 
 
-class TestRows:
-    def test_the_weakest_rows_go(self) -> None:
-        tensors = _layers()
-        norms = {name: tensor.flatten(1).norm(dim=1) for name, tensor in tensors.items()}
-        masks = prune_(tensors, 0.5, selection="rows")
-        for name, mask in masks.items():
-            kept = mask.flatten(1).all(1)
-            assert torch.equal(kept, mask.flatten(1).any(1))
-            assert int(kept.sum()) == len(kept) - round(len(kept) / 2)
-            assert norms[name][kept].min() > norms[name][~kept].max()
-
-    def test_of_survivors(self) -> None:
-        tensors = {"w": torch.arange(1.0, 11).reshape(10, 1).repeat(1, 3)}
-        masks = prune_(tensors, 0.5, selection="rows")
-        masks = prune_(tensors, 0.5, masks, selection="rows", of="survivors")
-        assert masks["w"][:, 0].tolist() == [False] * 7 + [True] * 3
-
-
-class TestGroups:
-    @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
-    def test_every_group_of_inputs(self, n: int, m: int) -> None:
-        tensors = {"conv": torch.randn(6, 8, 3, 3), "linear": torch.randn(5, 16)}
-        for name, mask in prune_(tensors, 1 - n / m, selection=f"{n}:{m}").items():
-            assert mask.shape == tensors[name].shape
-            groups = mask.movedim(1, -1).unflatten(-1, (-1, m))
-            assert (groups.sum(-1) == n).all()
-
-    def test_what_is_pruned_stays_so(self) -> None:
-        first = Masks({"w": torch.tensor([[False, False, False, True]])})
-        assert prune_({"w": torch.ones(1, 4)}, 0.5, first, "2:4")["w"].tolist() == [[False, False, False, True]]
-
-    def test_odd_inputs_are_named(self) -> None:
-        with pytest.raises(UnsupportedSetup, match=r"divide by 4, but not these: \{'b': \(2, 6\)\}"):
-            prune_({"a": torch.ones(2, 4), "b": torch.ones(2, 6)}, 0.5, selection="2:4")
-
-    def test_another_amount(self) -> None:
-        with pytest.raises(UnsupportedSetup, match=r"2:4 prunes 0\.5 of the weights at once, not 0\.7"):
-            prune_({"a": torch.ones(2, 4)}, 0.7, selection="2:4")
-
-
 class TestBadInput:
-    @pytest.mark.parametrize("selection", ["magnitude", "4:2", "0:4", "2:4:8", "", None])
+    @pytest.mark.parametrize("selection", ["magnitude", "4:2", "4:4", "0:4", "2:4:8", "", None])
     def test_unknown_selection(self, selection: str) -> None:
         with pytest.raises(UnsupportedSetup, match="expected global, uniform, lamp, erk, random, rows, or N:M"):
             prune_({"w": torch.ones(2, 2)}, 0.5, selection=selection)
@@ -239,11 +243,16 @@ class TestBadInput:
         with pytest.raises(UnsupportedSetup, match="pruned already, more than the"):
             prune_(tensors, 0.1, masks, selection)
 
-    @pytest.mark.parametrize("amount", [-0.1, 1.1])
+    @pytest.mark.parametrize("selection", ["global", "rows"])
+    def test_of_neither(self, selection: str) -> None:
+        with pytest.raises(UnsupportedSetup, match="of='survivor': expected all or survivors"):
+            prune_(_two(), 0.5, selection=selection, of="survivor")
+
+    @pytest.mark.parametrize("amount", [-0.1, 1.1, math.nan, "0.5"])
     def test_amount_out_of_range(self, amount: float) -> None:
         with pytest.raises(UnsupportedSetup, match="expected a share, 0 … 1"):
             prune_(_two(), amount)
 
     def test_masks_of_another_model(self) -> None:
         with pytest.raises(UnsupportedSetup, match="masks of another model"):
-            prune_(_two(), 0.5, Masks.full(_layers()))
+            prune_(_two(), 0.5, Masks.full(layers()))

@@ -109,8 +109,39 @@ class TestWhatIsNoMask:
 
     def test_layers_that_are_zero_yet(self):
         pair = [network(seed, Masks({})) for seed in (1, 2)]
-        pair[0]["b.weight"].zero_()
+        for weights in pair:
+            weights["b.weight"].zero_()
         assert compare_zeros([open_checkpoint(weights) for weights in pair]) is None
 
     def test_only_biases(self):
         assert compare_zeros([open_checkpoint({"bias": torch.zeros(3)})] * 2) is None
+
+    def test_a_few_zeros_are_no_mask(self):
+        few = Masks({name: torch.rand(40, 30, generator=torch.Generator().manual_seed(1)) < 0.98 for name in NAMES})
+        assert compare_zeros([open_checkpoint(network(seed, few)) for seed in (1, 2)]) is None
+
+
+class TestWhereTheyAreZero:
+    def test_one_mask(self):
+        found = compare_zeros([open_checkpoint(network(seed, shared())) for seed in (1, 2)])
+        density = 1 - shared().sparsity
+        assert (found.matrices, found.apart) == (tuple(NAMES), None)
+        assert (*found.densities, found.together) == pytest.approx((density,) * 3)
+
+    def test_one_within_the_other(self):
+        inner = {name: mask & (torch.arange(30) % 2 == 0) for name, mask in shared().items()}
+        pair = [open_checkpoint(network(1, masks)) for masks in (Masks(inner), shared())]
+        for files, order in ((pair, (0, 1)), (pair[::-1], (1, 0))):
+            found = compare_zeros(files)
+            densities = [1 - Masks(inner).sparsity, 1 - shared().sparsity]
+            assert found.apart == "a.weight"
+            assert found.densities == pytest.approx([densities[i] for i in order])
+            assert found.together == pytest.approx(densities[1])
+
+    def test_the_first_that_differs_is_named_and_what_is_empty_is_not_read(self):
+        pair = [{**network(seed, shared()), "none": torch.zeros(0, 3)} for seed in (1, 2)]
+        pair[1]["b.weight"][0] = 0
+        assert compare_zeros([open_checkpoint(weights) for weights in pair]).apart == "b.weight"
+        pair[1]["a.weight"][0] = 0
+        assert compare_zeros([open_checkpoint(weights) for weights in pair]).apart == "a.weight"
+        assert compare_zeros([open_checkpoint({"none": torch.zeros(0, 3), "dense": torch.ones(4, 4)})] * 2) is None
