@@ -3,6 +3,7 @@
 Where a new snippet presupposes something (a name, a file), add it to :func:`presupposed` or :func:`runs`.
 """
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -116,8 +117,10 @@ def test_the_trainer_that_averages_scores_and_keeps_the_average(runs):
 def test_the_trainers_that_prune_do_what_the_text_says(runs):
     names = presupposed()
     (code,) = [code for code in python_blocks() if "SparsityMask(" in code]
-    for part in code.strip().split("\n\n", 1)[1].splitlines():
-        exec(code.strip().split("\n\n", 1)[0] + "\nfrom lightning.pytorch import Trainer\n" + part, names)
+    exec("from lightning.pytorch import Trainer\n", names)
+    imported, *trainers = ast.parse(code).body
+    for statement in trainers:
+        exec(ast.unparse(ast.Module([imported, statement], [])), names)
         module = TinyClassifier()
         names["trainer"].fit(module, datamodule=names["data"])
         zeros = sum(int((parameter == 0).sum()) for parameter in module.parameters() if parameter.ndim > 1)

@@ -87,11 +87,8 @@ def test_what_cannot_be_pruned_is_refused_before_optimizers_are_made():
 
 def test_what_belongs_to_a_run_stays_with_it():
     mask = SparsityMask(0.75)
-    assert {name: mask.state_dict()[name] for name in ("steps", "ticks", "done")} == {
-        "steps": 0,
-        "ticks": 0,
-        "done": False,
-    }
+    state = mask.state_dict()
+    assert (state["steps"], state["ticks"], state["done"]) == (0, 0, False)
     assert "masks" not in state
     trainer, module, _ = fit(mask)
     assert pickle.loads(pickle.dumps(mask)).masks is None
