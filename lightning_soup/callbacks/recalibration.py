@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.module_evaluator import listed
-from lightning_soup.evaluation.own_loops import OwnLoops
+from lightning_soup.evaluation.own_loops import OwnLoops, normed
 
 
 class Statistics:
@@ -46,7 +46,7 @@ class Statistics:
             with isolate_rng(), _metrics_untouched(module):
                 loops = OwnLoops(module, trainer.datamodule, trainer.strategy.root_device, trainer.precision_plugin)
                 with closing(_training_batches(trainer)) as given:
-                    loops.recalibrate(islice(given, batches))
+                    loops.recalibrate(islice(given, batches), _frozen(trainer, module))
             for buffer in own.values():
                 if trainer.world_size > 1 and buffer.is_floating_point():
                     buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
@@ -85,6 +85,12 @@ def check_batch_norm(module: nn.Module, owner: str) -> None:
             f"{owner}(buffers='recalibrate'): {type(module).__name__} has no BatchNorm layer with running statistics. "
             "Use buffers='copy'."
         )
+
+
+def _frozen(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Layers that are in evaluation mode while the rest trains: the rest relies on their statistics."""
+    training = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.validating else {}
+    return [name for name, layer in normed(module).items() if not training.get(name, layer.training)]
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:

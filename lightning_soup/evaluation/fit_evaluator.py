@@ -13,7 +13,7 @@ from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Weights
 from lightning_soup.evaluation.loading import listed
 from lightning_soup.evaluation.module_evaluator import ModuleEvaluator, Split
-from lightning_soup.evaluation.own_loops import hidden, quiet
+from lightning_soup.evaluation.own_loops import hidden, normed, quiet
 from lightning_soup.weights.weights_file import clean_names
 
 
@@ -35,7 +35,6 @@ class FitEvaluator(ModuleEvaluator):
         self, trainer: Trainer, module: LightningModule, metric: str, mode: Literal["min", "max"] = "max"
     ) -> None:
         super().__init__(module, trainer.datamodule, metric, mode, trainer)
-        self._frozen_too = False
 
     def metrics(self) -> Mapping[str, Tensor]:
         """All metrics that validation logs for the weights that the module holds."""
@@ -124,6 +123,9 @@ class FitEvaluator(ModuleEvaluator):
                 if name in found:
                     own[raw].copy_(found[name])
         return found
+
+    def _frozen(self) -> list[str]:
+        return [name for name, layer in normed(self.module).items() if not layer.training]
 
     def _training_loader(self) -> Any:
         return listed(self.trainer.train_dataloader)[0]

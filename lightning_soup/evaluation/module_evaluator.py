@@ -80,7 +80,6 @@ class ModuleEvaluator(Evaluator):
         self.module, self.metric, self.mode = module, metric, mode
         self.datamodule = self._data(datamodule)
         self.trainer = trainer or _quiet_trainer()
-        self._frozen_too = True  # modes say nothing outside a fit
         self._held: Any = None
         self._loaders: dict[str, list[Any]] = {}
         self._scores: dict[str, float] = {}
@@ -238,8 +237,12 @@ class ModuleEvaluator(Evaluator):
         with isolate_rng():
             torch.manual_seed(0)  # the same batches for the same weights
             batches = limited(self._training_loader(), self.trainer.limit_train_batches)
-            statistics = self._loops.recalibrate(batches, self._frozen_too)
+            statistics = self._loops.recalibrate(batches, self._frozen())
         return {name: value.clone() for name, value in statistics.items()}
+
+    def _frozen(self) -> list[str]:
+        """Layers whose statistics are not those of their training; outside a fit, modes say nothing."""
+        return []
 
     def _training_loader(self) -> Any:
         self._require("train_dataloader", "to recalibrate BatchNorm statistics on")

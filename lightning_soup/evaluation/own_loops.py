@@ -5,7 +5,7 @@ The module runs in evaluation mode and logs nothing; it and its Trainer are left
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +98,7 @@ class OwnLoops:
             logits, targets = (torch.cat(column) for column in zip(*parts, strict=True))
         return Outcome(logits.clone(), targets.clone(), groups, classes)
 
-    def recalibrate(self, batches: Iterable[Any], frozen_too: bool = True) -> dict[str, Tensor]:
+    def recalibrate(self, batches: Iterable[Any], frozen: Collection[str] = ()) -> dict[str, Tensor]:
         """Replace BatchNorm statistics by their plain mean over batches, and count them; nothing else changes.
 
         Batches go through ``validation_step``, or where there is none through ``predict_step`` or the module. A layer
@@ -106,12 +106,12 @@ class OwnLoops:
 
         Args:
             batches: To estimate on.
-            frozen_too: Also where a layer is in evaluation mode now.
+            frozen: Names of layers that keep their statistics.
 
         Returns:
             The statistics by name; empty where there is no such BatchNorm.
         """
-        named = {name: part for name, part in normed(self.module).items() if frozen_too or part.training}
+        named = {name: part for name, part in normed(self.module).items() if name not in frozen}
         layers = list(dict.fromkeys(named.values()))
         momenta = [layer.momentum for layer in layers]
         before = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers]

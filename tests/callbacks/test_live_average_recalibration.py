@@ -100,3 +100,21 @@ def test_the_order_that_a_generator_of_the_user_gives_to_training_is_unchanged(b
     _, _, plain = fit([], module=Watched, data=shuffled(), val_check_interval=0.5)
     for a, b in zip(trail, plain, strict=True):
         assert_close(a, b, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
+def test_statistics_that_are_frozen_are_left_to_the_layers_that_rely_on_them():
+    class Frozen(TinyClassifier):
+        def __init__(self):
+            super().__init__(batch_norm=True)
+            self.net.insert(2, torch.nn.BatchNorm1d(16))
+            self.net[1].eval()
+
+    def run(batches):
+        module = fit(EqualAverage(every=2, buffers="recalibrate", recalibrate_batches=batches), module=Frozen)[1]
+        return module.net[1], module.net[2]
+
+    frozen, trained = run(6)
+    assert torch.equal(frozen.running_mean, torch.zeros(16))
+    assert torch.equal(frozen.running_var, torch.ones(16))
+    assert not torch.equal(trained.running_mean, run(1)[1].running_mean)  # estimated, and on these batches
