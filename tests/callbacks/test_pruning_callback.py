@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_soup.callbacks import ExponentialAverage, SparsityMask, pruned_weights
@@ -151,3 +151,13 @@ class TestWhenItPrunes:
             fit(mask)
             found.append(mask.masks)
         assert found[0] == found[1] != found[2]
+
+
+def test_a_bare_trainer_logs_nothing():
+    class Silent(TinyClassifier):
+        def log(self, name, *arguments, **options):
+            assert name != "sparsity"
+
+    module, mask = Silent(), SparsityMask(0.75)
+    Trainer(accelerator="cpu", devices=1, barebones=True, max_epochs=1, callbacks=[mask]).fit(module, *loaders())
+    assert zeros(module) == SIZE * 3 // 4

@@ -62,12 +62,6 @@ class TestPrunable:
         with torch.device("meta"):
             assert len(prunable(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))) == 2
 
-    @pytest.mark.filterwarnings("ignore:Lazy modules")
-    def test_weights_without_shapes_are_named(self) -> None:
-        model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
-        with pytest.raises(UnsupportedSetup, match=r"1\.weight has no shape yet"):
-            prunable(model)
-
     def test_whole_numbers_are_left_out(self) -> None:
         model = nn.Linear(2, 2)
         model.codes = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
