@@ -124,7 +124,7 @@ class TestWhenItPrunes:
         fit(SparsityMask(0.75, **options), epochs=4, ckpt_path=tmp_path / "x.ckpt")
         assert len(amounts) == times
 
-    @pytest.mark.parametrize(("start", "dense"), [(5, 4), ("5 steps", 4), ("1 epochs", 6), (0.5, 9)])
+    @pytest.mark.parametrize(("start", "dense"), [(5, 4), ("5 steps", 4), ("1 epochs", 6), (0.5, 9), (10 / 18, 10)])
     def test_steps_are_pruned_at_once_and_the_rest_at_ends_of_batches(self, start, dense):
         _, _, seen = fit(SparsityMask(0.75, start=start))
         assert seen == [0] * dense + [SIZE * 3 // 4] * (18 - dense)
@@ -161,3 +161,15 @@ def test_a_bare_trainer_logs_nothing():
     module, mask = Silent(), SparsityMask(0.75)
     Trainer(accelerator="cpu", devices=1, barebones=True, max_epochs=1, callbacks=[mask]).fit(module, *loaders())
     assert zeros(module) == SIZE * 3 // 4
+
+
+class TestTimesThatCannotBe:
+    def test_a_fraction_of_an_endless_training(self):
+        with pytest.raises(UnsupportedSetup, match=r"0\.5 of the training needs an end of training, but it is endless"):
+            fit(SparsityMask(0.75, start=0.5), epochs=-1)
+
+    @pytest.mark.parametrize("times", [("2 epochs", 0.5), (12, "2 epochs"), (0.5, 9)])
+    def test_a_stop_that_other_units_put_before_the_start(self, times):
+        start, stop = times
+        with pytest.raises(UnsupportedSetup, match="stop must come after start"):
+            fit(SparsityMask(0.75, start=start, stop=stop))
