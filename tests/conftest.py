@@ -37,6 +37,8 @@ def _same_ground() -> Iterator[None]:
     torch.manual_seed(0)
     folder = os.getcwd()
     before = set(os.listdir(folder))
+    interrupt = signal.getsignal(signal.SIGINT)
     yield
+    signal.signal(signal.SIGINT, interrupt)  # a Trainer that was interrupted ignores all further Ctrl-C
     left = set(os.listdir(folder)) - before - {".pytest_cache", ".hypothesis"}
     assert not left, f"the test left {', '.join(sorted(left))} in {folder}: write to tmp_path"
