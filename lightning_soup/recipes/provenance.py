@@ -49,7 +49,7 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
             for trial in soup.history
         ],
         "notes": list(soup.notes),
-        **({} if soup.repruned is None else {"repruned": soup.repruned}),
+        **({} if soup.repruned is None else {"repruned": [soup.repruned[0], list(soup.repruned[1])]}),
         **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
@@ -130,7 +130,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     kept = {"like": like, "provenance": record}
     if "repruned" in record:
         weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)
-        reprune_(weights, record["repruned"])
+        reprune_(weights, *record["repruned"])
         save_weights(weights, target, **kept)
     else:
         save_combination(sources, coefficients, target, accumulate=record["accumulate"], progress=progress, **kept)

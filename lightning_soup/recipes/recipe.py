@@ -131,7 +131,8 @@ class Soup:
         accumulate: Type of the kernel's accumulator.
         statistics: BatchNorm statistics that were estimated anew, which take the place of the combined ones; see
             :meth:`recalibrated`.
-        repruned: The share of the weight matrices that is pruned by magnitude after combining; ``None``: nothing is.
+        repruned: What is pruned by magnitude after combining: which share of which tensors, all together; ``None``:
+            nothing is.
     """
 
     recipe: str
@@ -144,7 +145,7 @@ class Soup:
     notes: tuple[str, ...] = ()
     accumulate: Literal["float32", "float64"] = "float32"
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    repruned: float | None = None
+    repruned: tuple[float, tuple[str, ...]] | None = None
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -154,7 +155,7 @@ class Soup:
         result = combine(sources, coefficients, out, accumulate=self.accumulate)
         assert isinstance(result, dict)
         if self.repruned is not None:
-            reprune_(result, self.repruned)
+            reprune_(result, *self.repruned)
         return result
 
     def rated(self, evaluator: Evaluator | None) -> "Soup":
@@ -279,9 +280,9 @@ class Soup:
         return with_statistics(self._sources, self.coefficients, self.statistics)
 
 
-def reprune_(weights: Mapping[str, Tensor], share: float) -> None:
-    """Prune the weight matrices of a state dict by magnitude, all together, in place."""
-    prune_({name: t for name, t in weights.items() if t.is_floating_point() and t.ndim > 1}, share)
+def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str]) -> None:
+    """Prune some tensors of a state dict by magnitude, all together, in place."""
+    prune_({name: weights[name] for name in names}, share)
 
 
 def with_statistics(

@@ -25,8 +25,8 @@ class UniformSoup(Recipe):
         normalize: Divide ``weights`` by their sum. Switch it off to use them as they are.
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
         reprune: Prune the average of pruned networks with different masks again, to the sparsity of the sparsest, by
-            magnitude over all weight matrices. Without it such ingredients are refused. Estimate BatchNorm statistics
-            anew afterwards (:meth:`.Soup.recalibrated`).
+            magnitude over all weight matrices that are pruned in them. Without it such ingredients are refused.
+            Estimate BatchNorm statistics anew afterwards (:meth:`.Soup.recalibrated`).
 
     Raises:
         RecipeError: The weights do not fit the ingredients, or add up to zero.
@@ -50,9 +50,9 @@ class UniformSoup(Recipe):
         found, notes = check_ingredients(ingredients, self.common_start, evaluator, one_mask)
         coefficients = self._coefficients(len(found))
         zeros = compare_zeros([ingredient.weights for ingredient in found]) if self.reprune else None
-        if self.reprune and zeros is None:
+        if self.reprune and not (zeros and zeros.matrices):
             raise RecipeError("UniformSoup(reprune=True): not all ingredients are pruned. Leave reprune out.")
-        repruned = 1 - min(zeros.densities) if zeros else None
+        repruned = (1 - min(zeros.densities), zeros.matrices) if zeros else None
         return Soup(str(self), found, coefficients, notes=notes, repruned=repruned).rated(evaluator)
 
     def _coefficients(self, count: int) -> tuple[float, ...]:

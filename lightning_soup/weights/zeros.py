@@ -7,11 +7,13 @@ import torch
 
 from lightning_soup.threads import single_threaded_torch
 from lightning_soup.weights.geometry import chunks_of, sampled
+from lightning_soup.weights.stored_tensor import StoredTensor
 from lightning_soup.weights.weights_file import WeightsFile
 
 _SPARSE = 0.05  # share of zeros from which a network counts as pruned; dense ones have next to none
 _LOOKED_AT = 24  # matrices that are sampled, spread over the depth of the network
 _SAMPLE = 1024  # elements of each
+_PRUNED = 0.01  # share of zeros from which a matrix counts as pruned
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Zeros:
     """What is not zero in the matrices of pruned networks.
 
     Attributes:
-        matrices: Names of the tensors of two dimensions or more.
+        matrices: Names of the tensors of two dimensions or more that are pruned in every checkpoint: a hundredth of
+            them or more is zero. Position embeddings, say, and heads that were left out, are not among them.
         densities: Share of them that is not zero, by checkpoint.
         together: Share that is not zero in some checkpoint, and so in their average.
         apart: The first tensor that is zero at different places, if there is one.
@@ -42,19 +45,30 @@ def compare_zeros(checkpoints: Sequence[WeightsFile]) -> Zeros | None:
     with single_threaded_torch():
         for file in checkpoints:
             shares = [float((sampled(file.tensors[n], _SAMPLE) == 0).double().mean()) for n in spread if specs[n].numel]
-            pruned = [share for share in shares if share < 1]  # a layer that is zero begins so, and was not trained yet
-            if not pruned or sum(pruned) / len(pruned) < _SPARSE:
+            begun = [share for share in shares if share < 1]  # a layer that is zero begins so, and was not trained yet
+            if not begun or sum(begun) / len(begun) < _SPARSE:
                 return None
-        kept, together, apart = [0] * len(checkpoints), 0, None
+        pruned, kept, together, apart = [], [0] * len(checkpoints), 0, None
         for name in matrices:
-            for parts in zip(*(chunks_of(file.tensors[name]) for file in checkpoints), strict=True):
-                masks = [values != 0 for _, values in parts]
-                union = masks[0].clone()
-                for number, mask in enumerate(masks):
-                    union |= mask
-                    kept[number] += int(mask.count_nonzero())
-                together += int(union.count_nonzero())
-                if apart is None and any(not torch.equal(mask, masks[0]) for mask in masks[1:]):
-                    apart = name
-    size = sum(specs[name].numel for name in matrices)
-    return Zeros(matrices, tuple(count / size for count in kept), together / size, apart)
+            counts, union, differs = _count([file.tensors[name] for file in checkpoints])
+            if max(counts) > (1 - _PRUNED) * specs[name].numel:
+                continue
+            pruned.append(name)
+            kept, together = [a + b for a, b in zip(kept, counts, strict=True)], together + union
+            apart = name if differs and apart is None else apart
+    size = max(sum(specs[name].numel for name in pruned), 1)
+    return Zeros(tuple(pruned), tuple(count / size for count in kept), together / size, apart)
+
+
+def _count(tensors: Sequence[StoredTensor]) -> tuple[list[int], int, bool]:
+    """How many elements are not zero: of each, and of all together; and whether they are at different places."""
+    kept, together, differs = [0] * len(tensors), 0, False
+    for parts in zip(*map(chunks_of, tensors), strict=True):
+        masks = [values != 0 for _, values in parts]
+        union = masks[0].clone()
+        for number, mask in enumerate(masks):
+            union |= mask
+            kept[number] += int(mask.count_nonzero())
+            differs = differs or not torch.equal(mask, masks[0])
+        together += int(union.count_nonzero())
+    return kept, together, differs

@@ -85,9 +85,15 @@ class TestRepruned:
         path = soup.save(tmp_path / f"soup{suffix}")
         saved = open_checkpoint(path)
         assert all(torch.equal(saved[name], weights[name]) for name in weights)
-        assert saved.provenance["repruned"] == 0.6
+        assert saved.provenance["repruned"] == [0.6, NAMES]
         again = recook(path)
         assert open_checkpoint(again).digest() == saved.digest()
+
+    def test_what_is_dense_in_them_stays_so(self):
+        pair = [network(seed) | {"pos_embed": torch.full((1, 5, 4), 1e-3 * seed)} for seed in (1, 2)]
+        weights = UniformSoup(reprune=True).cook(pair).weights()
+        assert weights["pos_embed"].all()
+        assert zeros(weights) == 1200
 
     def test_into_a_module(self):
         module = torch.nn.ModuleDict({"a": torch.nn.Linear(30, 40), "b": torch.nn.Linear(30, 40, bias=False)})
