@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_soup.layers.masks import Masks, pruned_in
+from lightning_soup.layers.masks import Masks, masked_parameters, pruned_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,9 +50,11 @@ def layer_costs(module: nn.Module, masks: Masks, *inputs: Any) -> list[LayerCost
         module: The network.
         masks: Its masks.
         inputs: What one forward pass takes, such as a batch of one image; without any, no operations are counted.
+
+    Raises:
+        UnsupportedSetup: They are masks of another model.
     """
-    own = {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
-    parameters = {name: own[name] for name in masks}
+    parameters = masked_parameters(module, masks)
     flops = _flops(module, parameters, inputs) if inputs else dict.fromkeys(parameters, 0)
     found = []
     for name, mask in masks.items():
@@ -67,7 +69,7 @@ def layer_costs(module: nn.Module, masks: Masks, *inputs: Any) -> list[LayerCost
                 dense_bytes=mask.numel() * size,
                 sparse_bytes=kept * size + -(-mask.numel() // 8),
                 flops=layer,
-                kept_flops=round(layer * kept / mask.numel()),
+                kept_flops=round(layer * kept / max(mask.numel(), 1)),
             )
         )
     return found

@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.threads import one_thread
 
-__all__ = ["NOT_PRUNABLE", "Masks", "prunable"]
+__all__ = ["NOT_PRUNABLE", "Masks", "masked_parameters", "prunable"]
 
 NOT_PRUNABLE = (
     "*pos_embed*",
@@ -259,15 +259,34 @@ class Masks(Mapping[str, Tensor]):
         kept = {}
         if not all(isinstance(state.get(key), Mapping) for key in ("bits", "shapes")):
             raise UnsupportedSetup(
-                f"the masks are damaged: expected bits and shapes, found {', '.join(state) or 'none'}."
+                f"the masks are damaged: expected bits and shapes, found {', '.join(state) or 'none'}. "
+                "Take another copy of the file or checkpoint."
             )
         for name, shape in state["shapes"].items():
             bits, count = state["bits"].get(name), int(np.prod(shape))
             if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != -(-count // 8):
-                raise UnsupportedSetup(f"the mask of {name} is damaged: expected {-(-count // 8)} bytes for {shape}.")
+                raise UnsupportedSetup(
+                    f"the mask of {name} is damaged: expected {-(-count // 8)} bytes for {shape}. Take another copy of "
+                    "the file or checkpoint."
+                )
             mask = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).bool().reshape(shape)
             kept[name] = mask.to((devices or {}).get(name, torch.device("cpu")))
         return cls(kept)
+
+
+def masked_parameters(module: nn.Module, masks: Masks) -> dict[str, nn.Parameter]:
+    """The parameters that masks lie over, by the names of the masks: without the prefixes of wrappers.
+
+    Raises:
+        UnsupportedSetup: They are masks of another model.
+    """
+    own = {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
+    # Files and masks are without a "module." before all names, be it DDP's or an attribute that has this name.
+    while not masks.keys() <= own.keys() and any(name.startswith("module.") for name in own):
+        own = {name.removeprefix("module."): parameter for name, parameter in own.items()}
+    found = {name: own[name] for name in masks if name in own}
+    masks.check(found, f"what is given for {type(module).__name__}")
+    return found
 
 
 def pruned_in(mask: Tensor) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.masks import Masks, masked_parameters
 
 __all__ = ["to_semi_structured_"]
 
@@ -22,10 +22,12 @@ def to_semi_structured_(module: nn.Module, masks: Masks) -> list[str]:
         The names of the weights that were put into that form: those of linear layers, masked two in each four.
 
     Raises:
-        UnsupportedSetup: The device cannot, or no weight is masked so.
+        UnsupportedSetup: The device cannot, no weight is masked so, or they are masks of another model.
     """
-    layers = {f"{name}.weight" if name else "weight": part for name, part in module.named_modules() if _is_linear(part)}
-    found = [name for name in layers if name in masks and _two_of_four(masks[name])]
+    names = {id(parameter): name for name, parameter in masked_parameters(module, masks).items()}
+    linear = [part for part in module.modules() if _is_linear(part) and id(part.weight) in names]
+    layers = {names[id(part.weight)]: part for part in linear}
+    found = [name for name in layers if _two_of_four(masks[name])]
     if not found:
         raise UnsupportedSetup("no linear layer has a mask of two in each four inputs. Prune with selection='2:4'.")
     device = layers[found[0]].weight.device

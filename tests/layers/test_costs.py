@@ -56,6 +56,20 @@ def test_without_inputs_there_are_no_operations():
     assert (cost.flops, cost.weights) == (0, 4)
 
 
+@pytest.mark.parametrize("attribute", ["module", "net"])
+def test_a_compiled_part_under_any_name(attribute):
+    module = nn.Module()
+    module.add_module(attribute, torch.compile(nn.Linear(4, 2)))
+    name = "weight" if attribute == "module" else "net.weight"  # as in files, which drop a "module." before all names
+    (cost,) = layer_costs(module, Masks({name: torch.ones(2, 4, dtype=torch.bool)}))
+    assert (cost.name, cost.weights) == (name, 8)
+
+
+def test_masks_of_another_model():
+    with pytest.raises(UnsupportedSetup, match=r"for Linear holds the masks of another model.*other: mask"):
+        layer_costs(nn.Linear(4, 2), Masks({"other": torch.ones(2, 4, dtype=torch.bool)}))
+
+
 class TestSemiStructured:
     def test_what_is_not_two_of_four_is_refused(self):
         module = nn.Sequential(nn.Linear(8, 8))
