@@ -100,7 +100,8 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
         The path of the new file.
 
     Raises:
-        RecipeError: The file has no provenance, or an ingredient is missing or has changed; all such are named.
+        RecipeError: The file has no provenance or a damaged one, or ingredients are missing or have changed, which are
+            all named.
         UnwritableOutput: The output is the soup itself or one of its ingredients.
     """
     original = open_checkpoint(path)
@@ -118,6 +119,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             problems.append(str(error))
     if problems:
         raise RecipeError(f"{path}: cannot be recooked.\n  " + "\n  ".join(problems))
+    repruned = _recorded_pruning(original, record)
     target = Path(output) if output is not None else original.path.with_suffix(f".recooked{original.path.suffix}")
     for file in (*opened, original):
         if file.path is not None:
@@ -128,9 +130,9 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             item["source"] = os.path.relpath(file.path.resolve(), target.parent.resolve()) if file.path else None
     sources, coefficients = with_statistics(opened, record["coefficients"], _recorded_statistics(original, record))
     kept = {"like": like, "provenance": record}
-    if "repruned" in record:
+    if repruned is not None:
         weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)
-        reprune_(weights, *record["repruned"])
+        reprune_(weights, *repruned)
         save_weights(weights, target, **kept)
     else:
         save_combination(sources, coefficients, target, accumulate=record["accumulate"], progress=progress, **kept)
@@ -141,6 +143,20 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             stacklevel=2,
         )
     return target
+
+
+def _recorded_pruning(original: WeightsFile, record: Mapping[str, Any]) -> tuple[float, list[str]] | None:
+    """Which share of which tensors was pruned after combining, if any was."""
+    if "repruned" not in record:
+        return None
+    match record["repruned"]:
+        case [float(share), [*names]] if 0 <= share <= 1 and names and all(name in original.specs for name in names):
+            return share, names
+    raise RecipeError(
+        f"{original.path}: cannot be recooked. Its record of what was pruned after averaging is damaged: expected a "
+        f"share and the names of its tensors, found {str(record['repruned'])[:100]}. Cook the soup anew from its "
+        "ingredients."
+    )
 
 
 def _recorded_statistics(original: WeightsFile, record: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from lightning_soup.evaluation import Evaluator
 from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import prune_
 from lightning_soup.recipes import GreedySoup, UniformSoup, recook
+from lightning_soup.recipes.provenance import provenance_of
 from lightning_soup.weights import combine, open_checkpoint, save_weights
 from lightning_soup.weights.zeros import compare_zeros
 
@@ -88,6 +89,19 @@ class TestRepruned:
         assert saved.provenance["repruned"] == [0.6, NAMES]
         again = recook(path)
         assert open_checkpoint(again).digest() == saved.digest()
+
+    @pytest.mark.parametrize(
+        "damaged", [None, 0.5, [0.5], [0.5, ["other"]], [0.5, []], [2.0, NAMES], ["x", NAMES], [0.5, "a.weight"]]
+    )
+    def test_a_damaged_record_is_not_recooked(self, damaged, tmp_path, monkeypatch):
+        for seed in (1, 2):
+            save_weights(network(seed), tmp_path / f"{seed}.safetensors")
+        soup = UniformSoup(reprune=True).cook([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+        record = {**provenance_of(soup, tmp_path), "repruned": damaged}
+        monkeypatch.setattr("lightning_soup.recipes.provenance.provenance_of", lambda *_: record)
+        path = soup.save(tmp_path / "soup.safetensors")
+        with pytest.raises(RecipeError, match=r"its tensors, found .*\. Cook the soup anew"):
+            recook(path)
 
     def test_what_is_dense_in_them_stays_so(self):
         pair = [network(seed) | {"pos_embed": torch.full((1, 5, 4), 1e-3 * seed)} for seed in (1, 2)]
