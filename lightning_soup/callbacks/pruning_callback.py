@@ -1,6 +1,6 @@
 """PruningCallback: the base of callbacks that prune, which keeps what is pruned at zero through training and resume."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,11 @@ from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import check_selection, check_shapes
+
+
+def is_lightnings_average(callback: Callback) -> bool:
+    """Whether it is one of Lightning's averages, which cannot be pruned; by name, for versions that lack one."""
+    return any(kind.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for kind in type(callback).__mro__)
 
 
 class PruningCallback(Callback):
@@ -171,6 +176,15 @@ class PruningCallback(Callback):
         """The masks, one bit a weight, and the options they were made with."""
         masks = {} if self._pruned is None else {"masks": self._pruned.masks.state()}
         return {**masks, "options": self._options()}
+
+    def _check_state(self, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """Refuse the state of a damaged checkpoint, or of another version."""
+        if missing := [key for key in keys if key not in state]:
+            raise UnsupportedSetup(
+                f"{type(self).__name__}: its state in the checkpoint lacks {', '.join(missing)}: the file is damaged, "
+                "or was written by another version of lightning_soup. Resume from another checkpoint, or begin a fit "
+                "of its own from its weights, without ckpt_path."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the masks of a checkpoint."""

@@ -7,12 +7,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_soup.callbacks.live_average import LiveAverage
-from lightning_soup.callbacks.pruning_callback import PruningCallback
+from lightning_soup.callbacks.pruning_callback import PruningCallback, is_lightnings_average
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.pruning import check_selection, cubic_sparsity, cycle_amounts
-
-_LIGHTNINGS_OWN = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class SparsityMask(PruningCallback):
@@ -113,19 +111,20 @@ class SparsityMask(PruningCallback):
     def _check(self, trainer: Trainer) -> None:
         schedule = self._schedule
         schedule.check(trainer, "nothing would ever be pruned")
-        if schedule.stop is None:
+        if schedule.stop is None and not schedule.start.value:
             return
-        planned = planned_time(trainer, schedule.stop.unit)
+        planned = planned_time(trainer, schedule.stop.unit) if schedule.stop else None
         if planned is not None and schedule.stop.value > planned:
             raise UnsupportedSetup(
                 f"SparsityMask(stop={schedule.stop}): training ends before that, after {planned:g}, and would leave "
                 f"the network less sparse than {self.sparsity:g}. Stop earlier, or train longer."
             )
         for callback in trainer.callbacks:
-            if any(kind.__name__ in _LIGHTNINGS_OWN for kind in type(callback).__mro__):
+            if is_lightnings_average(callback) and self.sparsity is not None:
                 raise UnsupportedSetup(
                     f"{type(callback).__name__} of Lightning averages weights from before and after they are pruned, "
-                    "so its average would be dense. Prune once (no stop), or use an average of this package."
+                    "so its average would be dense. Prune at the beginning (no start, no stop), or use an average "
+                    "of this package."
                 )
 
     def _after_step(self, trainer: Trainer, optimizer: int) -> None:
@@ -178,5 +177,6 @@ class SparsityMask(PruningCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
+        self._check_state(state_dict, ("steps", "ticks", "done"))
         super().load_state_dict(state_dict)
         self._steps_done, self._ticks, self._done = (state_dict[key] for key in ("steps", "ticks", "done"))

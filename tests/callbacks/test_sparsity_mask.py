@@ -482,6 +482,10 @@ class TestBesideAverages:
         with pytest.raises(UnsupportedSetup, match="so its average would be dense"):
             fit(SparsityMask(0.8, stop="2 epochs"), callbacks=[average()])
 
+    def test_lightnings_own_before_it_is_pruned_is_refused(self):
+        with pytest.raises(UnsupportedSetup, match="Prune at the beginning"):
+            fit(SparsityMask(0.8, start=3), callbacks=[EMAWeightAveraging()])
+
 
 def _train_on_a_rank() -> list:
     found = []
