@@ -95,7 +95,7 @@ def check_settings(trainer: Trainer, module: LightningModule, vary: Mapping[str,
         epochs: How long a retraining is.
 
     Raises:
-        UnsupportedSetup: There is such a name.
+        UnsupportedSetup: There is such a name, or a value with which no optimizer can be made.
     """
     optimizer = trainer.optimizers[0]
     for name, values in vary.items():
@@ -107,7 +107,13 @@ def check_settings(trainer: Trainer, module: LightningModule, vary: Mapping[str,
             )
         if all(value == values[0] for value in values):
             continue
-        made = [_made_under(trainer, module, epochs, {name: value}) for value in values]
+        try:
+            made = [_made_under(trainer, module, epochs, {name: value}) for value in values]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedSetup(
+                f"vary: {name}={list(values)}: no optimizer can be made with these ({type(error).__name__}: {error}). "
+                f"Give values that {type(module).__name__}.configure_optimizers and its optimizer take."
+            ) from error
         if any(rates != made[0][0] for rates, _ in made):
             raise UnsupportedSetup(
                 f"vary: {name}={list(values)} changes learning rates, which the schedule of each retraining sets. Vary "

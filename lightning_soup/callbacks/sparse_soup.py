@@ -102,7 +102,7 @@ class SparseModelSoup(PruningCallback):
         retrain_epochs: int | None = None,
         dense_epochs: int = 0,
         recipe: Recipe | None = None,
-        vary: dict[str, list[float]] | None = None,
+        vary: dict[str, list[Any]] | None = None,
         schedule: RetrainingSchedule = "llr",
         lr_max: float | None = None,
         lr_min: float = 0.0,
@@ -231,7 +231,7 @@ class SparseModelSoup(PruningCallback):
     @contextmanager
     def _whole(self, module: LightningModule) -> Iterator[None]:
         """Undo a change of phases that is interrupted, so that what is saved then (on_exception) can be resumed."""
-        kept = {name: deepcopy(getattr(self, name)) for name in _STATE}
+        kept = {name: deepcopy(getattr(self, name)) for name in _STATE.values()}
         try:
             with self._pruned.whole(module):
                 yield
@@ -298,6 +298,11 @@ class SparseModelSoup(PruningCallback):
                 f"{self.total_epochs}. The module holds what it was then; resume from a checkpoint to go on."
             )
             return
+        if self._phase < 0 and trainer.ckpt_path is None:
+            raise UnsupportedSetup(
+                f"SparseModelSoup: this Trainer has trained for all {self.total_epochs} epochs before, so nothing was "
+                "pruned now. Begin with a new Trainer."
+            )
         if self._phase < 0:
             raise UnsupportedSetup(
                 f"SparseModelSoup: with the checkpoint all {self.total_epochs} epochs are over, and it holds no state "
@@ -347,15 +352,16 @@ class SparseModelSoup(PruningCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, what the module is, and where the files are."""
-        found = {name: getattr(self, name) for name in _STATE}
+        found = {key: getattr(self, name) for key, name in _STATE.items()}
         files = self._files.state() if hasattr(self, "_files") else self._known_files
         return {**super().state_dict(), **found, "files": files}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
+        self._check_state(state_dict, (*_STATE, "files"))
         super().load_state_dict(dict(state_dict))
-        for name in _STATE:
-            setattr(self, name, state_dict[name])
+        for key, name in _STATE.items():
+            setattr(self, name, state_dict[key])
         self._known_files = dict(state_dict["files"])
 
 
@@ -371,4 +377,11 @@ _FIXED = (
     "lr_min",
     "rounding",
 )
-_STATE = ("records", "_phase", "_step", "_highest", "_ratios", "_history")
+_STATE = {  # what a checkpoint calls it, and the attribute
+    "records": "records",
+    "phase": "_phase",
+    "step": "_step",
+    "highest_rate": "_highest",
+    "group_ratios": "_ratios",
+    "dense_rates": "_history",
+}

@@ -11,15 +11,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_soup.callbacks.fresh_optimizers import check_settings, first_rates
 from lightning_soup.callbacks.live_average import LiveAverage
 from lightning_soup.callbacks.model_soup import ModelSoup
+from lightning_soup.callbacks.pruning_callback import is_lightnings_average
 from lightning_soup.callbacks.retraining import NEED_HISTORY, check_retraining
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.recipes import Recipe, UniformSoup
 
 if TYPE_CHECKING:
     from lightning_soup.callbacks.sparse_soup import SparseModelSoup
 
 OUR_OWN = ("seed", "lr_max", "retrain_epochs")
 _AVERAGES = (LiveAverage, ModelSoup)
-_LIGHTNINGS_OWN = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 def check_options(callback: "SparseModelSoup", retrain_epochs: int | None, budget: int | None) -> None:
@@ -63,16 +64,21 @@ def varied(vary: dict[str, list[Any]], copies: int, epochs: int) -> list[int]:
     """How many epochs each copy has.
 
     Raises:
-        UnsupportedSetup: A list of varied values has not one for each copy.
+        UnsupportedSetup: A list of varied values has not one for each copy, or one that has no meaning.
     """
     for name, values in vary.items():
         if isinstance(values, str) or not isinstance(values, Sized) or len(values) != copies:
             raise UnsupportedSetup(f"vary: {name}={values}: expected a list of {copies} values, one for each copy.")
         vary[name] = [value.item() if hasattr(value, "item") else value for value in values]  # plain, for checkpoints
+    for name in OUR_OWN:
+        if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in vary.get(name, [])):
+            raise UnsupportedSetup(f"vary: {name}={vary[name]}: expected numbers.")
+    if any(value % 1 != 0 for value in vary.get("seed", [])):  # of NaN and infinity it is NaN
+        raise UnsupportedSetup(f"vary: seed={vary['seed']}: expected whole numbers.")
     if any(not 0 < rate < math.inf for rate in vary.get("lr_max", [])):
         raise UnsupportedSetup(f"vary: lr_max={vary['lr_max']}: expected numbers above 0.")
     each = vary.get("retrain_epochs", [epochs] * copies)
-    if any(value != int(value) or value < 1 for value in each):
+    if any(value % 1 != 0 or value < 1 for value in each):
         raise UnsupportedSetup(f"vary: retrain_epochs={each}: expected whole numbers, 1 or more.")
     return [int(value) for value in each]
 
@@ -116,15 +122,16 @@ def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: Lightni
                 f"{kind} changes the groups and rates of the optimizer by epochs of the fit, but each retraining has "
                 "an optimizer and rates of its own. Fine-tune first, and prune in a fit of its own with dense_epochs=0."
             )
-        if isinstance(other, _AVERAGES) or any(base.__name__ in _LIGHTNINGS_OWN for base in type(other).__mro__):
+        if isinstance(other, _AVERAGES) or is_lightnings_average(other):
             raise UnsupportedSetup(
                 f"{kind} would average what belongs to different copies and sparsities. Remove it; the soups of this "
                 "callback can be averaged with others afterwards."
             )
-        if isinstance(other, ModelCheckpoint) and other.monitor and callback.dense_epochs:
+        if isinstance(other, ModelCheckpoint) and other.monitor and (callback.dense_epochs or callback.cycles > 1):
+            best = "the dense one" if callback.dense_epochs else "one of the first cycle"
             rank_zero_warn(
-                f"ModelCheckpoint(monitor={other.monitor!r}) compares models of different sparsity: the dense one will "
-                "be its best. The soups are in the folder of SparseModelSoup."
+                f"ModelCheckpoint(monitor={other.monitor!r}) compares models of different sparsity: {best} will be its "
+                "best. The soups are in the folder of SparseModelSoup."
             )
     if callback.monitor and not trainer.enable_validation:
         raise UnsupportedSetup(
@@ -132,10 +139,27 @@ def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: Lightni
             "is no validation (limit_val_batches=0, no val_dataloader, or no validation_step). Add it, or leave "
             "monitor out and use UniformSoup."
         )
+    _check_recipe(callback.recipe, callback.copies)
     if callback.recipe.needs_evaluator and not callback.monitor:
         raise UnsupportedSetup(
             f"{type(callback.recipe).__name__} chooses by a validation metric. Give SparseModelSoup(monitor='val_acc') "
             "and validation data, or use UniformSoup."
+        )
+
+
+def _check_recipe(recipe: Recipe, copies: int) -> None:
+    """Refuse what would fail when the first cycle ends, or prune more than the masks say."""
+    if not isinstance(recipe, UniformSoup) or copies == 1:  # one copy is the soup
+        return
+    if recipe.reprune:
+        raise UnsupportedSetup(
+            "UniformSoup(reprune=True) is for networks with different masks, but the copies of a cycle have one, which "
+            "their average keeps. Leave reprune out."
+        )
+    if recipe.weights is not None and len(recipe.weights) != copies:
+        raise UnsupportedSetup(
+            f"UniformSoup has {len(recipe.weights)} weights, but SparseModelSoup makes copies={copies}. Give one "
+            "weight for each copy, or leave weights out."
         )
 
 

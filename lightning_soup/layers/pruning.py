@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -65,10 +66,10 @@ def cycle_amounts(sparsity: float, cycles: int, rounding: Rounding = "direct") -
 
     Source: Zimmer et al., Sparse Model Soups (arXiv 2306.16788).
     """
-    if isinstance(sparsity, str) or not 0 < sparsity < 1:
+    if not isinstance(sparsity, Real) or not 0 < sparsity < 1:
         raise UnsupportedSetup(f"sparsity={sparsity!r}: expected a share above 0 and below 1; 0.9 prunes 90 %.")
-    if cycles < 1:
-        raise UnsupportedSetup(f"cycles={cycles}: expected 1 or more.")
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+        raise UnsupportedSetup(f"cycles={cycles!r}: expected 1 or more.")
     if rounding not in ("direct", "compound"):
         raise UnsupportedSetup(f"rounding={rounding!r}: expected direct or compound.")
     if rounding == "compound":

@@ -20,7 +20,7 @@ from lightning_soup.callbacks.retraining import retraining_rate
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import cycle_amounts, prune_
-from lightning_soup.recipes import GreedySoup
+from lightning_soup.recipes import GreedySoup, UniformSoup
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt
 from tests.callbacks.test_sparsity_mask import Watch, zeros
@@ -432,6 +432,14 @@ def test_yaml_round_trip(tmp_path, monkeypatch):
         assert made.vary == {"weight_decay": [1e-4, 5e-4]}
 
 
+def test_what_varies_need_not_be_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train"])
+    options = {"sparsity": 0.5, "copies": 2, "retrain_epochs": 1, "vary": {"nesterov": [True, False], "seed": [0, 1]}}
+    for made in through_yaml(TinyClassifier, "lightning_soup.callbacks.SparseModelSoup", options, tmp_path):
+        assert made.vary == {"nesterov": [True, False], "seed": [0, 1]}
+        assert isinstance(made.vary["nesterov"][0], bool)
+
+
 def test_a_budget():
     soup = SparseModelSoup(0.9, cycles=3, copies=2, dense_epochs=8, budget=20)
     assert (soup.retrain_epochs, soup.total_epochs) == ([2, 2], 20)
@@ -463,6 +471,11 @@ class TestBadInput:
             ({"lr_max": -1.0}, "lr_max=-1.0: expected more than 0"),
             ({"vary": {"weight_decay": [0.1]}}, "expected a list of 2 values, one for each copy"),
             ({"vary": {"retrain_epochs": [1, 0.5]}}, "expected whole numbers"),
+            ({"vary": {"retrain_epochs": ["1", "2"]}}, "retrain_epochs=.*expected numbers"),
+            ({"vary": {"lr_max": ["0.1", "0.2"]}}, "lr_max=.*expected numbers"),
+            ({"vary": {"seed": [0, math.nan]}}, "seed=.*expected whole numbers"),
+            ({"cycles": 2.5}, "cycles=2.5: expected 1 or more"),
+            ({"sparsity": None}, "sparsity=None: expected a share"),
             ({"selection": "2:4"}, "prunes at once. Give cycles=1"),
             ({"rounding": "up"}, "expected direct or compound"),
         ],
@@ -486,6 +499,8 @@ class TestBadInput:
             ({"callbacks": [lambda: ModelSoup(last=2)]}, "different copies and sparsities"),
             ({"module": TwoOptimizers}, "which manual optimization keeps to itself"),
             ({"recipe": GreedySoup()}, "GreedySoup chooses by a validation metric"),
+            ({"recipe": UniformSoup(weights=[1.0, 2.0, 1.0])}, "has 3 weights, but SparseModelSoup makes copies=2"),
+            ({"recipe": UniformSoup(reprune=True)}, "which their average keeps. Leave reprune out"),
             ({"vary": {"dropout": [0.1, 0.2]}}, "no hyperparameter 'dropout', and SGD no such option"),
             ({"exclude": ["net.*"]}, "nothing in Cosine can be pruned"),
         ],
@@ -506,10 +521,11 @@ class TestBadInput:
         with pytest.raises(UnsupportedSetup, match=message):
             fit(tmp_path, **given)
 
-    def test_a_monitored_checkpoint_is_warned_of(self, tmp_path):
+    @pytest.mark.parametrize(("dense", "best"), [(1, "the dense one"), (0, "one of the first cycle")])
+    def test_a_monitored_checkpoint_is_warned_of(self, dense, best, tmp_path):
         keep = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss")
-        with pytest.warns(UserWarning, match="the dense one will be its best"):
-            fit(tmp_path, callbacks=[keep], trainer={"enable_checkpointing": True})
+        with pytest.warns(UserWarning, match=f"{best} will be its best"):
+            fit(tmp_path, callbacks=[keep], trainer={"enable_checkpointing": True}, dense_epochs=dense)
 
     def test_data_without_a_length(self, tmp_path):
         class Stream(torch.utils.data.IterableDataset):

@@ -121,6 +121,20 @@ class TestResumedOtherwise:
         with pytest.raises(UnsupportedSetup, match=f"{message}.*Resume it with the options it was made with"):
             fit(tmp_path, ckpt_path=file, **options)
 
+    @pytest.mark.parametrize("key", ["phase", "dense_rates", "files"])
+    def test_a_damaged_state_is_refused(self, key, file, tmp_path):
+        checkpoint = torch.load(file, weights_only=True)
+        del checkpoint["callbacks"]["SparseModelSoup"][key]
+        torch.save(checkpoint, tmp_path / "x.ckpt")
+        with pytest.raises(UnsupportedSetup, match=f"lacks {key}: the file is damaged.*Resume from another"):
+            fit(tmp_path, ckpt_path=tmp_path / "x.ckpt")
+
+    def test_a_trainer_that_has_ended_is_not_used_again(self, tmp_path):
+        trainer = quiet_trainer(max_epochs=-1, callbacks=[SparseModelSoup(**SMALL, dirpath=str(tmp_path))])
+        trainer.fit(Cosine(), *loaders())
+        with pytest.raises(UnsupportedSetup, match=r"has trained for all 5 epochs before.*a new Trainer"):
+            trainer.fit(Cosine(), *loaders())
+
     def test_another_seed_is_refused(self, file, tmp_path):
         soup = SparseModelSoup(**SMALL, seed=7, dirpath=str(tmp_path))
         with pytest.raises(UnsupportedSetup, match="seed=0, not 7"):
@@ -240,7 +254,7 @@ class TestFiles:
         keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", filename="x")
         options = {"sparsity": np.float64(0.8), "lr_max": np.float64(0.1), "vary": {"momentum": np.array([0.5, 0.9])}}
         fit(tmp_path / "soup", callbacks=[keep], trainer={"enable_checkpointing": True}, **options)
-        assert torch.load(tmp_path / "ckpt" / "x.ckpt", weights_only=True)["callbacks"]["SparseModelSoup"]["_step"]
+        assert torch.load(tmp_path / "ckpt" / "x.ckpt", weights_only=True)["callbacks"]["SparseModelSoup"]["step"]
 
 
 class TestModules:
@@ -360,6 +374,8 @@ class TestVaried:
         [
             ({"lr": [0.1, 0.2]}, "changes learning rates.*Vary lr_max"),
             ({"dropout": [0.1, 0.2]}, "changes nothing: only what .*configure_optimizers reads"),
+            ({"device": [1, 2]}, "no optimizer can be made with these .*has no setter"),
+            ({"weight_decay": [-1.0, 0.1]}, "no optimizer can be made with these .*Invalid weight_decay"),
         ],
         ids=str,
     )
