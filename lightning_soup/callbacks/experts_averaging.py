@@ -262,8 +262,11 @@ class ExpertsWeightAveraging(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resume from experts. A training without them cannot go on with them: its optimizer knows none."""
+        states = checkpoint.get("callbacks", {})
+        for key in [key for key in states if str(key).startswith("ExpertsWeightAveraging")]:
+            states[self.state_key] = states.pop(key)  # its explanation may have had other words
         resumed = trainer.state.fn == "fit" and bool(checkpoint.get("optimizer_states")) and experts_of(pl_module)
-        if resumed and self.state_key not in checkpoint.get("callbacks", {}):
+        if resumed and self.state_key not in states:
             raise UnsupportedSetup(
                 "The checkpoint is of a training without ExpertsWeightAveraging, which cannot go on with experts. "
                 "Begin a training from its weights instead: load them into the module, and give no ckpt_path."

@@ -439,6 +439,19 @@ def test_a_plain_training_cannot_go_on_with_experts(tmp_path):
         fit([ExpertsWeightAveraging(), keep], epochs=4, enable_checkpointing=True, ckpt_path=keep.best_model_path)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_state_is_found_whatever_its_key_explains(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}")
+    fit([ExpertsWeightAveraging(), keep], enable_checkpointing=True)
+    checkpoint = torch.load(keep.best_model_path, weights_only=True)
+    states = checkpoint["callbacks"]
+    states["ExpertsWeightAveraging (in other words)"] = states.pop(ExpertsWeightAveraging().state_key)
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    callback = ExpertsWeightAveraging()
+    fit([callback], epochs=4, ckpt_path=tmp_path / "x.ckpt")
+    assert callback._loaded["steps"] == checkpoint["global_step"]
+
+
 def test_lightnings_swa_must_come_after_it():
     with pytest.raises(UnsupportedSetup, match="StochasticWeightAveraging stands before"):
         fit([StochasticWeightAveraging(0.01), ExpertsWeightAveraging()])
