@@ -81,10 +81,10 @@ class AverageOfModule:
             if not group.absorbed:
                 group.absorb(1.0)
 
-    def prune(self, masks: Masks) -> None:
+    def prune(self, masks: Masks, tensors: Mapping[str, Tensor]) -> None:
         """Make what is pruned zero in the average, as it is in the weights."""
         for group in self.groups:
-            group.prune(masks)
+            group.prune(masks, tensors)
 
     def count_from(self, trainer: Trainer) -> None:
         """Training that goes on without a file's average counts on, as its epochs do."""

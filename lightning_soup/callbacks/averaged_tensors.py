@@ -1,7 +1,7 @@
 """The averaged tensors of a module, and how their averages get into it and out again."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -120,9 +120,10 @@ class Group:
                 self.shadow.grow(slot.local)
             self.slots.append(slot)
 
-    def prune(self, masks: Masks) -> None:
+    def prune(self, masks: Masks, tensors: Mapping[str, Tensor]) -> None:
         """Make what is pruned zero in the average, as it is in the weights."""
-        names = [slot.name for slot in self.slots]
+        theirs = {id(tensor): name for name, tensor in tensors.items()}  # names can differ by the prefix of a wrapper
+        names = [theirs.get(id(slot.tensor), "") for slot in self.slots]
         self.shadow.edit(lambda sample: masks.apply_(dict(zip(names, sample, strict=False))))  # empty before the first
 
     @torch.no_grad()

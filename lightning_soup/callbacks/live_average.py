@@ -2,12 +2,13 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_soup.callbacks import average_files
 from lightning_soup.callbacks.average_of_module import AverageOfModule
@@ -194,10 +195,15 @@ class LiveAverage(Callback):
         """The same for those that callbacks after this one, or the module, have unfrozen."""
         self._average.before_batch(trainer)
 
-    def prune(self, masks: Masks) -> None:
-        """Make zero in the average what another callback has pruned in the weights."""
+    def prune(self, masks: Masks, tensors: Mapping[str, Tensor]) -> None:
+        """Make zero in the average what another callback has pruned in the weights.
+
+        Args:
+            masks: The masks.
+            tensors: The parameters of the module that they lie over, by their names.
+        """
         if self._average is not None:
-            self._average.prune(masks)
+            self._average.prune(masks, tensors)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -40,7 +40,7 @@ class PrunedWeights:
         if not isinstance(given, str):
             given = [*given, *metrics]
         found = prunable(module, given, skip_first, skip_head)
-        names = clean_names(found, type(module).__name__)
+        names = clean_names([*module_tensors(module), *found], type(module).__name__)  # those that files have
         self.tensors: dict[str, nn.Parameter] = {names[name]: tensor for name, tensor in found.items()}
         self.masks = Masks.full(self.tensors)
 

@@ -165,7 +165,7 @@ class SparsityMask(PruningCallback):
             self._pruned.mask_optimizer(optimizer)
         for callback in trainer.callbacks:
             if isinstance(callback, LiveAverage):
-                callback.prune(self._pruned.masks)
+                callback.prune(self._pruned.masks, self._pruned.tensors)
         if self._done:
             masks = self._pruned.masks
             rank_zero_info(f"SparsityMask: {masks.pruned:,} of {masks.size:,} weights are pruned.")

@@ -469,6 +469,27 @@ class TestBesideAverages:
             open_checkpoint(tmp_path / "x.ckpt", which="raw")["net.0.weight"][~mask.masks["net.0.weight"]] == 0
         ).all()
 
+    @pytest.mark.parametrize("scale", ["trained", "frozen"])
+    def test_a_network_that_is_called_module(self, scale, tmp_path):
+        class Scaled(TinyClassifier):
+            """A name that files keep, for not all begin with it; the average leaves out what is frozen."""
+
+            def __init__(self):
+                super().__init__()
+                self.module = self._modules.pop("net")
+                self.scale = nn.Parameter(torch.ones(1), requires_grad=scale == "trained")
+
+            @property
+            def net(self):
+                return lambda x: self.scale * self.module(x)
+
+        mask, module = SparsityMask(0.5, stop="2 epochs"), Scaled()
+        trainer = quiet_trainer(max_epochs=3, callbacks=[mask, ExponentialAverage(0.9)])
+        trainer.fit(module, *loaders())
+        assert sum(int((module.get_parameter(name) == 0).sum()) for name in mask.masks) == mask.masks.pruned == 88
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        assert mask.masks.keys() <= open_checkpoint(tmp_path / "x.ckpt").keys()
+
     @pytest.mark.parametrize("first", [False, True])
     def test_lightnings_own_while_the_mask_is_fixed(self, first):
         mask, average = SparsityMask(0.8), EMAWeightAveraging(decay=0.9)
