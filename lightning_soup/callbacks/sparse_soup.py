@@ -146,6 +146,7 @@ class SparseModelSoup(PruningCallback):
         self._phase = -1  # the index in the plan of what the module is; its length when all is done
         self._step = 0  # in this phase
         self._highest = 0.0
+        self._adapted = 1.0  # what ALLR makes of that in this cycle
         self._ratios: list[float] = []
         self._history: list[float] = []
         self._entered: int | None = None
@@ -263,16 +264,17 @@ class SparseModelSoup(PruningCallback):
         drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
         share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
         rates = self._history or first_rates(trainer.optimizers[0])
-        self._highest = self.lr_max or max(rates)
+        self._highest, self._adapted = self.lr_max or max(rates), 1.0
         if self.schedule == "allr" and share:
             trained = self.dense_epochs or self.pretraining_epochs
-            self._highest = adaptive_rate(self._highest, max(self.retrain_epochs), trained, drop, share)
+            self._adapted = adaptive_rate(1.0, max(self.retrain_epochs), trained, drop, share)
         self._files.write(trainer, start_of(cycle))
 
     def _rate(self, trainer: Trainer) -> float:
         phase = self.plan[self._phase]
         highest = self.vary["lr_max"][phase.copy] if "lr_max" in self.vary else self._highest
         steps = phase.epochs * checks.steps_per_epoch(trainer)
+        highest *= self._adapted
         return retraining_rate(self.schedule, self._step, steps, highest, self.lr_min, self._history)
 
     def _after_step(self, trainer: Trainer, optimizer: int) -> None:
@@ -382,6 +384,7 @@ _STATE = {  # what a checkpoint calls it, and the attribute
     "phase": "_phase",
     "step": "_step",
     "highest_rate": "_highest",
+    "adapted": "_adapted",
     "group_ratios": "_ratios",
     "dense_rates": "_history",
 }

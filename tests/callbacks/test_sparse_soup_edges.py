@@ -369,6 +369,18 @@ class TestVaried:
         fit(tmp_path, module=Plain(), callbacks=[See()], vary={"weight_decay": [0.1, 0.2]})
         assert seen == [0, 0.1, 0.2, 0.1, 0.2]
 
+    def test_rates_that_vary_are_adapted_too(self, tmp_path):
+        rates = []
+
+        class See(Callback):
+            def on_train_batch_start(self, trainer, *_):
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        options = {"dense_epochs": 0, "cycles": 1, "schedule": "allr", "pretraining_epochs": 10}
+        fit(tmp_path, callbacks=[See()], vary={"lr_max": [0.1, 0.2]}, **options)
+        assert 0.01 <= rates[0] < 0.1  # six steps have no warm-up
+        assert rates[6] == pytest.approx(2 * rates[0])
+
     @pytest.mark.parametrize(
         ("vary", "message"),
         [
