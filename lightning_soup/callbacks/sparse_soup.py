@@ -39,7 +39,8 @@ class SparseModelSoup(PruningCallback):
     Each retraining begins with a new optimizer, a learning-rate schedule of its own (the module's schedules are
     followed in the dense training only, which they see as the whole), and random numbers that depend on the seed,
     cycle and copy alone. It is resumable from any checkpoint, with the same options (but ``recipe``, ``monitor``,
-    ``mode``, ``dirpath`` and ``keep_copies``); the files of the cycles in ``dirpath`` belong to it. BatchNorm
+    ``mode``, ``dirpath`` and ``keep_copies``); the files of the cycles in ``dirpath`` belong to it. A
+    loader with a generator of its own goes on drawing from that, and a gradient scaler keeps its scale. BatchNorm
     statistics are estimated anew before every evaluation and for every soup, but where they are frozen: in layers that
     are in evaluation mode during training.
 

@@ -47,6 +47,9 @@ def combine(
       are when the coefficients add up to 1 (frozen layers), and infinities that all share stay in any case
       (attention masks).
     - Ingredients with coefficient 0 are not read: the endpoints of an interpolation are bit-exact copies.
+    - What is zero in all ingredients stays exactly zero: networks that were pruned with one mask keep it. With
+      different masks the result is less sparse than any of them, which recipes refuse (:class:`.UniformSoup` can prune
+      it again).
     - Integer and bool tensors must be equal in all ingredients; ``num_batches_tracked`` becomes the largest.
     - Tied tensors are computed once and stay tied.
 

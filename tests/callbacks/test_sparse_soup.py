@@ -20,7 +20,7 @@ from lightning_soup.callbacks.retraining import retraining_rate
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import cycle_amounts, prune_
-from lightning_soup.recipes import GreedySoup, UniformSoup
+from lightning_soup.recipes import GreedySoup, InterpolatedSoup, UniformSoup
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt
 from tests.callbacks.test_sparsity_mask import Watch, zeros
@@ -500,6 +500,7 @@ class TestBadInput:
             ({"module": TwoOptimizers}, "which manual optimization keeps to itself"),
             ({"recipe": GreedySoup()}, "GreedySoup chooses by a validation metric"),
             ({"recipe": UniformSoup(weights=[1.0, 2.0, 1.0])}, "has 3 weights, but SparseModelSoup makes copies=2"),
+            ({"recipe": InterpolatedSoup()}, "takes the first of its ingredients for the start"),
             ({"recipe": UniformSoup(reprune=True)}, "which their average keeps. Leave reprune out"),
             ({"vary": {"dropout": [0.1, 0.2]}}, "no hyperparameter 'dropout', and SGD no such option"),
             ({"exclude": ["net.*"]}, "nothing in Cosine can be pruned"),
