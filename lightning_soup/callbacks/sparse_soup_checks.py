@@ -151,7 +151,7 @@ def _check_recipe(recipe: Recipe, copies: int) -> None:
     """Refuse what would fail when the first cycle ends, or prune more than the masks say."""
     if isinstance(recipe, InterpolatedSoup):
         raise UnsupportedSetup(
-            "InterpolatedSoup takes the first of its ingredients for the start, but the copies of a cycle are all alike. "
+            "InterpolatedSoup takes the first of its ingredients for the start, but the copies of a cycle are alike. "
             "Use UniformSoup, GreedySoup or LearnedSoup."
         )
     if not isinstance(recipe, UniformSoup) or copies == 1:  # one copy is the soup
