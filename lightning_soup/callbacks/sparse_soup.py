@@ -147,7 +147,7 @@ class SparseModelSoup(PruningCallback):
         self._phase = -1  # the index in the plan of what the module is; its length when all is done
         self._step = 0  # in this phase
         self._highest = 0.0
-        self._adapted = 1.0  # what ALLR makes of that in this cycle
+        self._drop, self._share = 0.0, 0.0  # of the norm, and of the survivors, by the pruning of this cycle
         self._ratios: list[float] = []
         self._history: list[float] = []
         self._entered: int | None = None
@@ -262,20 +262,19 @@ class SparseModelSoup(PruningCallback):
         pruned, (amount, of) = self._pruned, self._amounts[cycle - 1]
         before, norm = pruned.masks, pruned.norm()
         pruned.prune(trainer, amount, self.selection, of, self.seed + cycle)
-        drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
-        share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
+        self._drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
+        self._share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
         rates = self._history or first_rates(trainer.optimizers[0])
-        self._highest, self._adapted = self.lr_max or max(rates), 1.0
-        if self.schedule == "allr" and share:
-            trained = self.dense_epochs or self.pretraining_epochs
-            self._adapted = adaptive_rate(1.0, max(self.retrain_epochs), trained, drop, share)
+        self._highest = self.lr_max or max(rates)
         self._files.write(trainer, start_of(cycle))
 
     def _rate(self, trainer: Trainer) -> float:
         phase = self.plan[self._phase]
         highest = self.vary["lr_max"][phase.copy] if "lr_max" in self.vary else self._highest
         steps = phase.epochs * checks.steps_per_epoch(trainer)
-        highest *= self._adapted
+        if self.schedule == "allr" and self._share:
+            trained = self.dense_epochs or self.pretraining_epochs
+            highest = adaptive_rate(highest, phase.epochs, trained, self._drop, self._share)
         return retraining_rate(self.schedule, self._step, steps, highest, self.lr_min, self._history)
 
     def _after_step(self, trainer: Trainer, optimizer: int) -> None:
@@ -385,7 +384,8 @@ _STATE = {  # what a checkpoint calls it, and the attribute
     "phase": "_phase",
     "step": "_step",
     "highest_rate": "_highest",
-    "adapted": "_adapted",
+    "norm_drop": "_drop",
+    "pruned_share": "_share",
     "group_ratios": "_ratios",
     "dense_rates": "_history",
 }

@@ -2,6 +2,7 @@
 
 from lightning_soup.layers.conversion import convert_to_dense as convert_to_dense
 from lightning_soup.layers.conversion import use_experts as use_experts
+from lightning_soup.layers.costs import cost_table as cost_table
 from lightning_soup.layers.costs import layer_costs as layer_costs
 from lightning_soup.layers.experts import average_experts_ as average_experts_
 from lightning_soup.layers.masks import Masks as Masks

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_soup.callbacks import ExponentialAverage, ModelSoup, SparseModelSoup
-from lightning_soup.callbacks.retraining import retraining_rate
+from lightning_soup.callbacks.retraining import adaptive_rate, retraining_rate
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 from lightning_soup.layers.pruning import cycle_amounts, prune_
@@ -92,8 +92,12 @@ def by_hand(options, start, batches):
     prunable = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     masks, counts = None, []
     for amount, of in cycle_amounts(given["sparsity"], given["cycles"]):
+        before, left = {n: p.detach().clone() for n, p in prunable.items()}, SIZE - (counts[-1] if counts else 0)
         masks = prune_(prunable, amount, masks, of=of)
         counts.append(masks.pruned)
+        gone = sum(float((before[n] - p.detach()).double().square().sum()) for n, p in prunable.items()) ** 0.5
+        drop = gone / sum(float(p.double().square().sum()) for p in before.values()) ** 0.5
+        share = (left - SIZE + masks.pruned) / left
         pruned = {name: value.clone() for name, value in model.state_dict().items()}
         copies = []
         for copy in range(given["copies"]):
@@ -101,6 +105,8 @@ def by_hand(options, start, batches):
             epochs = given.get("vary", {}).get("retrain_epochs", [given["retrain_epochs"]] * 9)[copy]
             highest = given["lr_max"] or max(history, default=0.05)
             highest = given.get("vary", {}).get("lr_max", [highest] * 9)[copy]
+            if given["schedule"] == "allr":
+                highest = adaptive_rate(highest, epochs, given["dense_epochs"], drop, share)
             steps = epochs * len(batches)
 
             def rate_at(t, highest=highest, steps=steps):
@@ -119,6 +125,7 @@ class TestProcedure:
             {"cycles": 3, "copies": 3, "retrain_epochs": 2},
             {"schedule": "lrw", "dense_epochs": 2},
             {"schedule": "slr"},
+            {"schedule": "allr", "dense_epochs": 4, "vary": {"retrain_epochs": [1, 3]}},
             {"schedule": "ft"},
             {"schedule": "clr", "lr_max": 0.02, "copies": 1},
             {"vary": {"retrain_epochs": [2, 1]}},
