@@ -261,7 +261,7 @@ class SparseModelSoup(PruningCallback):
     def _prune(self, trainer: Trainer, module: LightningModule, cycle: int) -> None:
         pruned, (amount, of) = self._pruned, self._amounts[cycle - 1]
         before, norm = pruned.masks, pruned.norm()
-        pruned.prune(trainer, amount, self.selection, of, self.seed + cycle)
+        pruned.prune(trainer, amount, self.selection, of, self.seed)
         self._drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
         self._share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
         rates = self._history or first_rates(trainer.optimizers[0])
