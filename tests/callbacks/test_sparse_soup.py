@@ -372,6 +372,17 @@ class TestResume:
             quiet_trainer(max_epochs=-1, callbacks=[soup]).fit(module, *loaders())
         Everything(soup, module).same_as(first)
 
+    def test_a_second_fit_of_one_module_begins_with_a_dense_training(self, tmp_path):
+        soup, module = SparseModelSoup(**{**SMALL, "dirpath": str(tmp_path)}), Cosine()
+        for number in range(2):
+            watch = Watch(soup)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the second writes over the first one's files
+                quiet_trainer(max_epochs=-1, callbacks=[soup, watch]).fit(module, *loaders())
+            assert watch.seen[0] == 0, number
+            assert watch.broken == []
+            assert zeros(module) == round(SIZE * 0.8)
+
     @pytest.mark.parametrize(
         ("damage", "message"),
         [(os.unlink, "is gone, which this fit comes back to"), (None, "was written by another fit since")],
