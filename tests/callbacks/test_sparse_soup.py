@@ -205,6 +205,17 @@ class TestProcedure:
         one, two = (open_checkpoint(fixed / f"cycle=1-copy={i}.ckpt")["net.0.weight"] for i in (1, 2))
         assert torch.equal(one, two)
 
+    def test_every_epoch_of_every_copy_has_an_order_of_its_own(self, tmp_path):
+        first = []
+
+        class See(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                if batch_idx == 0 and trainer.current_epoch > 0:
+                    first.append(tuple(batch[0].flatten().tolist()))
+
+        fit(tmp_path, data=TinyData(), callbacks=[See()], retrain_epochs=2)
+        assert len(set(first)) == len(first) == 2 * 2 * 2
+
     def test_seeds_may_be_given(self, tmp_path):
         fit(tmp_path, data=TinyData(), vary={"seed": [5, 5]})
         one, two = (open_checkpoint(tmp_path / f"cycle=2-copy={i}.ckpt")["net.0.weight"] for i in (1, 2))
