@@ -21,7 +21,6 @@ def make_optimizers_anew(
     epochs: int,
     schedules: bool,
     settings: Mapping[str, Any] | None = None,
-    keep: bool = False,
     first: list[dict[str, Any]] | None = None,
 ) -> None:
     """Ask the module for its optimizers once more, as at the beginning of a fit.
@@ -31,20 +30,13 @@ def make_optimizers_anew(
         epochs: How long the module is told that training is, for its schedules.
         schedules: Whether its learning-rate schedules are followed.
         settings: Hyperparameters of the module that are other ones while it is asked, or options of the optimizer.
-        keep: Whether the new ones go on from the states of those that are there.
         first: The options that the optimizer had at the beginning of the fit (:func:`options_of`), for a module that
             has made it once and gives the same one again, as LightningCLI's ``--optimizer`` does.
     """
     strategy, before = trainer.strategy, list(trainer.optimizers)
-    states = [optimizer.state_dict() for optimizer in strategy.optimizers] if keep else []
-    rates = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs] if keep else []
     with _seen_by_the_module(trainer, epochs, settings or {}) as left:
         strategy.setup_optimizers(trainer)
     _optimizers_to_device(strategy.optimizers, strategy.root_device)
-    for optimizer, state in zip(strategy.optimizers, states, strict=False):
-        optimizer.load_state_dict(state)
-    for config, state in zip(strategy.lr_scheduler_configs, rates, strict=False):
-        config.scheduler.load_state_dict(state)
     for optimizer in strategy.optimizers:
         again = any(optimizer is other for other in before)
         if again and first is not None:

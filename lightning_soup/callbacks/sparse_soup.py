@@ -180,7 +180,8 @@ class SparseModelSoup(PruningCallback):
         told = "SparseModelSoup", "It is the dirpath of SparseModelSoup.", "Give SparseModelSoup a local dirpath."
         check_writable_on_rank_zero(trainer, self._files.path(soup_of(self.cycles)), *told)
         if self._phase < len(self.plan) and self.plan[max(self._phase, 0)].cycle == 0:
-            make_optimizers_anew(trainer, self.dense_epochs, schedules=True, keep=self._resumed is not None)
+            # Lightning loads what a checkpoint has of them after this hook.
+            make_optimizers_anew(trainer, self.dense_epochs, schedules=True)
         else:
             trainer.strategy.lr_scheduler_configs = []
 
