@@ -14,6 +14,7 @@ _ROOMS = {
         "ExpertsWeightAveraging",
         "ExponentialAverage",
         "LatestAverage",
+        "LearnableEnsembleWeights",
         "LiveAverage",
         "ModelSoup",
         "SparseModelSoup",
@@ -31,7 +32,7 @@ _ROOMS = {
     ),
     "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "Robustness", "paired_bootstrap"),
     "lightning_soup.layers": ("convert_to_dense", "use_experts"),
-    "lightning_soup.modules": ("CLIPClassifier", "ImageClassifier", "ZSCL"),
+    "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "ZSCL"),
     "lightning_soup.recipes": (
         "GreedySoup",
         "Ingredient",

@@ -16,6 +16,7 @@ from lightning_soup.layers.costs import layer_costs, write_costs
 from lightning_soup.layers.masks import Masks
 from lightning_soup.recipes import Soup
 from lightning_soup.runs.figures_sparse import curves_of, sparse_picture
+from lightning_soup.runs.tracking import folder_of_run
 from lightning_soup.weights.atomic import atomic_path, user_path
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.weights_file import WeightsFile, metric_prefixes, open_checkpoint
@@ -146,7 +147,7 @@ def folder_of(trainer: Trainer, dirpath: str | None, resumed: bool, known: dict[
         resumed: Whether the fit goes on from a checkpoint, whose files may be there.
         known: The files of that checkpoint.
     """
-    given = user_path(dirpath) if dirpath else _folder_of_run(trainer) / "sparse_soup"
+    given = user_path(dirpath) if dirpath else folder_of_run(trainer) / "sparse_soup"
     if dirpath:
         if not resumed and trainer.is_global_zero and _taken(given):
             rank_zero_warn(
@@ -161,15 +162,6 @@ def folder_of(trainer: Trainer, dirpath: str | None, resumed: bool, known: dict[
             folder for folder in itertools.chain(own[-1:], [given], names) if folder in own or not _taken(folder)
         )
     return Path(trainer.strategy.broadcast(str(given)))
-
-
-def _folder_of_run(trainer: Trainer) -> Path:
-    """As ModelCheckpoint finds it."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
 def _taken(folder: Path) -> bool:

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_soup.modules.classifier import ImageClassifier as ImageClassifier
     from lightning_soup.modules.clip import CLIPClassifier as CLIPClassifier
+    from lightning_soup.modules.ensemble import AwareNet as AwareNet
+    from lightning_soup.modules.families import Family as Family
     from lightning_soup.modules.zscl import ZSCL as ZSCL
 
-_HOME = {"CLIPClassifier": "clip", "ImageClassifier": "classifier", "ZSCL": "zscl"}
+_HOME = {
+    "AwareNet": "ensemble",
+    "CLIPClassifier": "clip",
+    "Family": "families",
+    "ImageClassifier": "classifier",
+    "ZSCL": "zscl",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,13 @@
 """ImageClassifier: fine-tuning any timm model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import timm
-import torch
 from torch import Tensor, nn
 
-from lightning_soup.data.transforms import check_model_name
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.classification import ClassificationModule, check_ranges
 from lightning_soup.modules.initial_weights import load_initial_weights
+from lightning_soup.modules.timm_models import build_timm_model, drawn_from
 
 __all__ = ["ImageClassifier"]
 
@@ -86,8 +82,8 @@ class ImageClassifier(ClassificationModule):
         # What the starting weights do not bring, the head for new classes, is drawn from a seed of its own: runs that
         # are seeded apart must still start from one point, or their average is of no use.
         fixed = head_seed if pretrained or reset_head else None
-        with _drawn_from(fixed):
-            self.model = _build(
+        with drawn_from(fixed):
+            self.model = build_timm_model(
                 model_name,
                 pretrained,
                 model_args or {},
@@ -119,28 +115,3 @@ class ImageClassifier(ClassificationModule):
     def trained_part(self) -> nn.Module:
         """The timm model, which names the parameters without decay and the order of its layers."""
         return self.model
-
-
-@contextmanager
-def _drawn_from(seed: int | None) -> Iterator[None]:
-    """Draw random numbers from a seed, and leave the run's own stream as it was; None: from the run's own."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _build(model_name: str, pretrained: bool, model_args: dict[str, Any], **arguments: int | float | None) -> nn.Module:
-    if ":" not in model_name:  # hf-hub:… and local-dir:… are resolved by timm
-        check_model_name(model_name)
-    given = {**model_args, **{name: value for name, value in arguments.items() if value is not None}}
-    try:
-        return timm.create_model(model_name, pretrained=pretrained, **given)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise UnsupportedSetup(
-            f"timm could not build {model_name} (pretrained={pretrained}) with {given}: "
-            f"{str(error).rstrip('.')}. Check img_size, in_chans, drop_path_rate and model_args: not every model takes "
-            "each of them."
-        ) from error

@@ -21,6 +21,7 @@ def load_initial_weights(
     *,
     optional: Collection[str] = (),
     options: str = _OPTIONS,
+    prefix: str = _PREFIX,
 ) -> None:
     """Copy the weights of a checkpoint into a model.
 
@@ -31,6 +32,7 @@ def load_initial_weights(
         reset_head: Leave the classifier's last layer as it was initialised; for timm models, which name it.
         optional: Tensors that older files hold and the model does not need.
         options: The arguments that the model was built with, for the message.
+        prefix: What the names of the model begin with in the file, where it is that of a LightningModule.
 
     Raises:
         UnreadableCheckpoint: The file cannot be opened.
@@ -40,7 +42,7 @@ def load_initial_weights(
     weights = open_checkpoint(path)
     own = model.state_dict()
     # Name in the model -> name in the file.
-    names = {name.removeprefix(_PREFIX): name for name in weights if name.startswith(_PREFIX)}
+    names = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
     if not names.keys() & own.keys():
         names = {name: name for name in weights}
     names = {name: stored for name, stored in names.items() if name in own or name not in optional}

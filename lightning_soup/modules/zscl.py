@@ -218,6 +218,7 @@ class ZSCL(CLIPClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep θ_start, the place in the reference, and which teacher it was. The teacher itself is not written."""
+        super().on_save_checkpoint(checkpoint)
         resumable = "optimizer_states" in checkpoint  # θ_start would double a file of weights only, for nothing
         checkpoint[_STATE] = {"position": self._position, "start": dict(self._start or {}) if resumable else {}}
         if self._teacher is not None:

@@ -14,12 +14,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_soup.runs.report_json import plain, trials
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lightning_soup.recipes.recipe import Soup
     from lightning_soup.runs.continual import ContinualResult
     from lightning_soup.runs.figures import Picture
     from lightning_soup.runs.report import SoupReport
 
-__all__ = ["log_continual", "log_report", "log_soup"]
+__all__ = ["folder_of_run", "log_continual", "log_pictures", "log_report", "log_soup"]
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +104,23 @@ def log_continual(loggers: Iterable[Logger], result: "ContinualResult") -> None:
         for label, row in result.rows.items():
             table.add_data(label, *(row[name] for name in result.names))
         run.log({"continual/matrix": table, **_images("continual", draw_continual(result))})
+
+
+@rank_zero_only
+def log_pictures(loggers: Iterable[Logger], place: str, pictures: "Iterable[Picture]") -> None:
+    """Log pictures to W&B, as ``<place>/<name of the picture>``; other loggers are passed over."""
+    pictures = list(pictures)
+    for run in _wandb_runs(loggers):
+        run.log(_images(place, pictures))
+
+
+def folder_of_run(trainer: "Trainer") -> Path:
+    """The folder of a run, as ModelCheckpoint finds it."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
 def _images(place: str, pictures: "Iterable[Picture]") -> dict[str, Any]:

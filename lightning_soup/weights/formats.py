@@ -22,6 +22,8 @@ WEIGHT_KEYS = _RAW_KEYS + _AVERAGE_KEYS
 LIVE_KEY = "current_model_state"
 """Where a checkpoint holds what is being trained, if under ``state_dict`` it holds something else: an average of it, or
 the plain model of one with experts. It is where Lightning's averaging callbacks put it."""
+CLASS_NAMES_KEY = "class_names"
+"""Where a checkpoint names the classes in the order of the model's outputs."""
 EXPERTS_KEY = "lightning_soup_experts"
 """Where a checkpoint says which layers have experts in training, and how many."""
 

@@ -18,7 +18,7 @@ from lightning_soup.weights.coefficients import Coefficients
 from lightning_soup.weights.combine import plan_combination, plan_copy, safetensors_layout
 from lightning_soup.weights.compatibility import check_compatible
 from lightning_soup.weights.file_output import write_parts
-from lightning_soup.weights.formats import LIGHTNING_VERSION
+from lightning_soup.weights.formats import CLASS_NAMES_KEY, LIGHTNING_VERSION
 from lightning_soup.weights.torch_output import SavedTensor, torch_layout
 from lightning_soup.weights.weights_file import PROVENANCE_KEY, Source, WeightsFile, open_checkpoint
 
@@ -31,6 +31,7 @@ _LIGHTNING_ENTRIES = (
     "hyper_parameters",
     "datamodule_hparams_name",
     "datamodule_hyper_parameters",
+    CLASS_NAMES_KEY,
 )
 
 
