@@ -30,7 +30,14 @@ _ROOMS = {
         "ReferenceFiles",
         "TorchvisionDataModule",
     ),
-    "lightning_soup.evaluation": ("Evaluator", "ModuleEvaluator", "Outcome", "Robustness", "paired_bootstrap"),
+    "lightning_soup.evaluation": (
+        "Evaluator",
+        "ModuleEvaluator",
+        "Outcome",
+        "Robustness",
+        "cross_evaluate",
+        "paired_bootstrap",
+    ),
     "lightning_soup.layers": ("convert_to_dense", "use_experts"),
     "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "ZSCL"),
     "lightning_soup.recipes": (

@@ -22,7 +22,7 @@ from lightning_soup.evaluation.family_predictions import (
 from lightning_soup.evaluation.mixture import check_min_alpha, entropy, learn_weights, log_alpha, mix, stack_families
 from lightning_soup.evaluation.own_loops import OwnLoops
 from lightning_soup.progress import rich_progress, silent
-from lightning_soup.runs.figures_ensemble import draw_weights
+from lightning_soup.runs.figures_ensemble import draw_weights, told_weights
 
 __all__ = ["LearnableEnsembleWeights"]
 
@@ -37,8 +37,8 @@ class LearnableEnsembleWeights(Callback):
     touched; every test then also gives the ensemble's figures: ``test_ensemble_loss``, ``test_ensemble_acc`` and, with
     all families alike, ``test_uniform_loss``.
 
-    Logs ``alpha/<family>``, ``alpha_entropy``, and ``ensemble_loss`` and ``uniform_loss`` on the data that w was
-    learned on; draws ``family_weights.png`` in the run's folder. α is kept in checkpoints.
+    Logs ``ensemble_alpha/<family>``, ``ensemble_alpha_entropy``, and ``ensemble_loss`` and ``uniform_loss`` on the data
+    that w was learned on; draws ``ensemble_weights.png`` in the run's folder. α is kept in checkpoints.
 
     Works on one device and under DDP, where ranks predict their shares and learn from all of them.
 
@@ -147,7 +147,7 @@ class LearnableEnsembleWeights(Callback):
         loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader.flattened[0]
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             found = gathered(trainer, found, len(loader.dataset))
-        pl_module.log_dict(self._learn(found))
+        pl_module.log_dict(self._learn(found), sync_dist=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn from one pass over the validation data, unless that is done, and draw the weights."""
@@ -164,9 +164,8 @@ class LearnableEnsembleWeights(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, trainer.global_step)
         if self.w is not None:
-            path = draw_weights(self._history, self.names, trainer)
-            shares = ", ".join(f"{name} {value:.3f}" for name, value in self.alpha.items())
-            rank_zero_info(f"LearnableEnsembleWeights: α = {shares} ({path}).")
+            path = draw_weights(self._history, self.names, trainer, "ensemble_weights")
+            rank_zero_info(told_weights("LearnableEnsembleWeights", self.alpha, path))
 
     def on_test_batch_end(
         self,
@@ -227,8 +226,8 @@ class LearnableEnsembleWeights(Callback):
         self._history.append(list(self.alpha.values()))
         alike = torch.full((count,), -math.log(count), dtype=torch.float64)
         return {
-            **{f"alpha/{name}": value for name, value in self.alpha.items()},
-            "alpha_entropy": float(entropy(self.log_alpha)),
+            **{f"ensemble_alpha/{name}": value for name, value in self.alpha.items()},
+            "ensemble_alpha_entropy": float(entropy(self.log_alpha)),
             "ensemble_loss": float(nll_loss(mix(log_p, self.log_alpha), found.targets)),
             "uniform_loss": float(nll_loss(mix(log_p, alike), found.targets)),
         }

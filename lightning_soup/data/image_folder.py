@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lightning_soup.data.groups import check_apart, check_pattern, group_keys, group_parts
 from lightning_soup.data.shifted_classes import competing_classes
 from lightning_soup.data.transforms import DEFAULT_AUGMENTATION, Augmentation, Preprocessing
 from lightning_soup.data.vision import VisionDataModule, map_classes
@@ -41,6 +42,10 @@ class ImageFolderDataModule(VisionDataModule):
         augmentation: Random changes of the training images.
         val_fraction: Share of the training images held out where there is no validation folder.
         seed: Decides which these are.
+        groups: Which images belong together, such as the frames of one video: a regular expression that is looked for
+            in the path inside the class folder, and whose part in round brackets names the group. ``^([^/]+)/`` for
+            ``real/<video>/<frame>.png``, ``^([0-9]+)_`` for ``real/017_01.png``. Groups are held out as a whole, and
+            one that is in two of the training, validation and test folders is an error.
         batch_size: Images per batch.
         num_workers: Loader processes.
 
@@ -64,12 +69,17 @@ class ImageFolderDataModule(VisionDataModule):
         augmentation: Augmentation = DEFAULT_AUGMENTATION,
         val_fraction: float = 0.1,
         seed: int = 0,
+        groups: str | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
     ):
+        if groups is not None:
+            check_pattern(groups)
         preprocessing = Preprocessing(model_name, img_size, mean, std, crop_pct)
         super().__init__(preprocessing, augmentation, val_fraction, seed, batch_size, num_workers)
         self.root, self.train, self.val, self.test = Path(root), train, val, test
+        self.groups = groups
+        self._listed: dict[Path, ImageFolder] = {}
         self.shifted = name_sets(shifted)
         self.test_names = ["test", *self.shifted]
         self.shifted_classes = shifted_classes or {}
@@ -83,17 +93,41 @@ class ImageFolderDataModule(VisionDataModule):
 
     def open_train(self) -> tuple[Dataset, None]:
         """The training folder."""
-        return open_folder(self.root / self.train), None
+        return self._images(self.root / self.train), None
 
     def open_val(self) -> tuple[Dataset, dict[int, int] | None] | None:
         """The validation folder, or None without one."""
         folder = self.root / self.val
-        return self._open(folder, subset=False) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        self._check_apart(self.train, self.val)
+        return self._open(folder, subset=False)
+
+    def split(self, images: Dataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Which training images to hold out: single ones, or whole groups."""
+        if self.groups is None:
+            return super().split(images, indices)
+        paths, targets = zip(*(images.samples[i] for i in indices), strict=True)
+        return group_parts(
+            group_keys(paths, self.root / self.train, self.groups), targets, self.val_fraction, self.seed
+        )
 
     def open_tests(self) -> list[tuple[Dataset, Sequence[int] | None, dict[int, int] | None]]:
         """The test folder and the shifted ones."""
+        self._check_apart(self.train, self.val, self.test)
         images, class_map = self._open(self.root / self.test, subset=False)
         return [(images, None, class_map), *(self._open_shifted(short) for short in self.shifted)]
+
+    def _check_apart(self, *names: str) -> None:
+        """Refuse a group that is in two of these folders; those that there are not are passed over."""
+        if self.groups is None:
+            return
+        folders = [self.root / name for name in names if (self.root / name).is_dir()]
+        keys = {}
+        for folder in folders:
+            paths = [path for path, _ in self._images(folder).samples]
+            keys[str(folder)] = group_keys(paths, folder, self.groups)
+        check_apart(keys)
 
     def _open_shifted(self, short: str) -> tuple[Dataset, Sequence[int] | None, dict[int, int] | None]:
         folder, source = self.root / self.shifted[short], self.shifted_classes.get(short)
@@ -109,7 +143,13 @@ class ImageFolderDataModule(VisionDataModule):
 
     def _open(self, folder: Path, subset: bool) -> tuple[Dataset, dict[int, int] | None]:
         class_map = map_classes(class_folders(folder), self.class_names, str(folder), subset=subset)
-        return open_folder(folder), class_map
+        return self._images(folder), class_map
+
+    def _images(self, folder: Path) -> ImageFolder:
+        """A folder, listed once: a large one takes a while."""
+        if folder not in self._listed:
+            self._listed[folder] = open_folder(folder)
+        return self._listed[folder]
 
 
 def name_sets(shifted: Sequence[str] | dict[str, str] | None) -> dict[str, str]:

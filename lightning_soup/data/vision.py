@@ -165,10 +165,14 @@ class VisionDataModule(LightningDataModule):
             self._val = ImageView(own[0], evaluate, class_map=own[1])
         else:
             indices = range(len(images)) if indices is None else indices
-            rest, held_out = random_parts(len(indices), self.val_fraction, self.seed)
+            rest, held_out = self.split(images, indices)
             self._val = ImageView(images, evaluate, [indices[i] for i in held_out])
             indices = [indices[i] for i in rest]
         self._train = ImageView(images, self.preprocessing.train(self.augmentation), indices)
+
+    def split(self, images: Dataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Which of ``indices`` to train on and which to hold out, as places in it."""
+        return random_parts(len(indices), self.val_fraction, self.seed)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented training batches."""

@@ -157,17 +157,17 @@ def learn_weights(log_p: Tensor, targets: Tensor, min_alpha: float = 0.0) -> Ten
     check_min_alpha(min_alpha, log_p.shape[1])
     if not len(targets):
         raise UnsupportedSetup("The weights of families are learned on held-out predictions, but there are none.")
-    likelihood = log_p.double().gather(2, targets.view(-1, 1, 1).expand(-1, log_p.shape[1], 1))
-    w = nn.Parameter(likelihood.new_zeros(log_p.shape[1]))
-    optimizer = weights_optimizer([w])
+    with torch.inference_mode(False), torch.enable_grad():  # callers may be in a Trainer's evaluation
+        answers = targets.clone().view(-1, 1, 1).expand(-1, log_p.shape[1], 1)
+        likelihood = log_p.detach().double().clone().gather(2, answers)
+        w = nn.Parameter(likelihood.new_zeros(log_p.shape[1]))
+        optimizer = weights_optimizer([w])
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -mix(likelihood, log_alpha(w, min_alpha)).mean()
-        loss.backward()
-        return loss
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = -mix(likelihood, log_alpha(w, min_alpha)).mean()
+            loss.backward()
+            return loss
 
-    with torch.enable_grad(), torch.inference_mode(False):
-        likelihood = likelihood.clone()
         optimizer.step(closure)
-    return (w - w.mean()).detach()
+        return (w - w.mean()).detach()

@@ -24,7 +24,7 @@ from lightning_soup.modules.ensemble_checks import check_fit, check_kept, check_
 from lightning_soup.modules.families import Family, as_families, build_family, label_orders, trained_statistics
 from lightning_soup.modules.held_out import HeldOut, recalibrate_soups
 from lightning_soup.modules.optimization import parameter_groups
-from lightning_soup.runs.figures_ensemble import draw_weights
+from lightning_soup.runs.figures_ensemble import draw_weights, told_weights
 
 __all__ = ["AwareNet"]
 
@@ -133,6 +133,7 @@ class AwareNet(ClassificationModule):
         self._held_out: HeldOut | None = None
         if freeze_members:
             self.members.requires_grad_(False)  # before optimizers and DDP look
+        self.train()  # modules may come in evaluation mode, in which Lightning would leave them
         # A checkpoint holds the members' weights itself: restoring it must neither read other files nor download.
         kept = [
             f.plain(members=len(n), checkpoints=None, pretrained=False)
@@ -267,13 +268,18 @@ class AwareNet(ClassificationModule):
             self._stale = []
         if self.hparams.freeze_members:
             self._held_out = HeldOut.of(self, self.trainer)
+            self.members.train()  # Lightning warns of modules in evaluation mode, which is meant here
         self.history = self.history or [list(self.alpha.values())]
+
+    def on_train_start(self) -> None:
+        """Frozen members are evaluated only."""
+        self.train()
 
     def on_train_epoch_end(self) -> None:
         """Log α; where only w is learned, stop once it does not change any more."""
         alpha = self.alpha
-        self.log_dict({f"alpha/{name}": value for name, value in alpha.items()})
-        self.log("alpha_entropy", float(entropy(self.log_alpha.detach())))
+        values = {f"alpha/{name}": value for name, value in alpha.items()}
+        self.log_dict({**values, "alpha_entropy": entropy(self.log_alpha.detach())}, sync_dist=True)
         before = self.history[-1] if self.history else []
         self.history.append(list(alpha.values()))
         if self.hparams.freeze_members and all(abs(a - b) < 1e-4 for a, b in zip(alpha.values(), before, strict=False)):
@@ -285,9 +291,8 @@ class AwareNet(ClassificationModule):
             self._held_out.put_back()
             self._held_out = None
         if not self.trainer.fast_dev_run:
-            path = draw_weights(self.history, self.family_names, self.trainer)
-            shares = ", ".join(f"{name} {value:.3f}" for name, value in self.alpha.items())
-            rank_zero_info(f"AwareNet: α = {shares} ({path}).")
+            path = draw_weights(self.history, self.family_names, self.trainer, "family_weights")
+            rank_zero_info(told_weights("AwareNet", self.alpha, path))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the weights belong to: names and sizes of the families, and the order of the classes."""

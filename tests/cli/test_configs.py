@@ -10,6 +10,8 @@ from lightning_soup.runs.sweep_file import read_sweep_file
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = {
     "image_classifier.yaml": ["fit"],
+    "aware_net_deepfake.yaml": ["fit"],
+    "aware_net_digits.yaml": ["fit"],
     "torchvision.yaml": ["fit"],
     "model_soup_clip.yaml": ["fit"],
     "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
