@@ -12,14 +12,17 @@ from itertools import dropwhile
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_soup
 from lightning_soup.callbacks import LiveAverage
 from lightning_soup.cli.main import main
 from lightning_soup.cli.sweep_check import check_settings
+from lightning_soup.data.transforms import Preprocessing
 from lightning_soup.runs.sweep_file import read_sweep_file
 from lightning_soup.weights import combine, open_checkpoint
 from tests.helpers.boring import TinyClassifier, TinyData
@@ -50,7 +53,19 @@ def commands():
 def presupposed():
     """What the text has before the first snippet: a module and data of the reader's own."""
     torch.manual_seed(0)
-    return {"module": TinyClassifier(), "data": TinyData()}
+    return {"module": TinyClassifier(), "data": TinyData(), "images": TenClasses()}
+
+
+class TenClasses(LightningDataModule):
+    """Images of the reader's own."""
+
+    preprocessing = Preprocessing(img_size=32)
+    num_classes = 10
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.rand(20, 3, 32, 32), torch.arange(20) % 10), 10)
+
+    val_dataloader = train_dataloader
 
 
 @pytest.fixture
@@ -61,6 +76,10 @@ def runs(tmp_path, monkeypatch):
             path = tmp_path / place.format(number)
             path.parent.mkdir(parents=True)
             shutil.copy(checkpoint, path)
+    for name, model in (("resnet", "resnet18"), ("mobilenet", "mobilenetv3_small_100")):
+        path = tmp_path / f"runs/{name}/0/last.ckpt"
+        path.parent.mkdir(parents=True)
+        torch.save(timm.create_model(model, num_classes=10).state_dict(), path)
     for folder in ("configs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)

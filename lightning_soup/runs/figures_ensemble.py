@@ -36,9 +36,9 @@ def weights_picture(history: Sequence[Sequence[float]], names: Sequence[str], na
         bars, rows = axes[-1], range(len(names))
         bars.barh(rows, history[-1], color=BLUE)
         for row, value in zip(rows, history[-1], strict=True):
-            bars.text(
-                min(value + 0.02, 0.86), row, f"{value:.3f}", va="center", color=BLACK if value < 0.84 else "white"
-            )
+            inside = value > 0.8
+            place, side, colour = (value - 0.02, "right", "white") if inside else (value + 0.02, "left", BLACK)
+            bars.text(place, row, f"{value:.3f}", va="center", ha=side, color=colour)
         bars.axvline(1 / len(names), color=GREY, linestyle="--", linewidth=1)
         bars.text(1 / len(names), -0.62, "all alike", color=GREY, fontsize=7, ha="center")
         bars.set(yticks=rows, yticklabels=names, xlabel="α", xlim=(0, 1))
