@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_soup import ModuleEvaluator, SparseModelSoup, combine, open_checkpoint
-from lightning_soup.layers.masks import Masks, prunable
+from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.prunable_weights import prunable
 from lightning_soup.layers.pruning import prune_
 from lightning_soup.runs.figures_sparse import sparse_picture
 

@@ -91,10 +91,11 @@ def check_settings(trainer: Trainer, module: LightningModule, vary: Mapping[str,
     """
     optimizer = trainer.optimizers[0]
     for name, values in vary.items():
+        known = [one for one in module.hparams if not one.startswith("_")]  # without what LightningCLI adds
         if name not in module.hparams and not hasattr(module, name) and name not in optimizer.defaults:
             raise UnsupportedSetup(
                 f"vary: {type(module).__name__} has no hyperparameter {name!r}, and {type(optimizer).__name__} no such "
-                f"option. The module has {', '.join(module.hparams) or 'none (save_hyperparameters)'}; the optimizer "
+                f"option. The module has {', '.join(known) or 'none (save_hyperparameters)'}; the optimizer "
                 f"{', '.join(optimizer.defaults)}; and there are seed, lr_max and retrain_epochs."
             )
         if all(value == values[0] for value in values):

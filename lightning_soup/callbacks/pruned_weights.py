@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint, UnsupportedSetup
-from lightning_soup.layers.masks import NOT_PRUNABLE, Masks, prunable
+from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.prunable_weights import not_prunable, prunable
 from lightning_soup.layers.pruning import Of, prune_
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.weights_file import clean_names, metric_prefixes, module_tensors
@@ -23,7 +24,7 @@ class PrunedWeights:
 
     Args:
         module: The module, where it trains.
-        exclude: Patterns of names that are not pruned; None: :data:`.NOT_PRUNABLE`.
+        exclude: Patterns of names that are not pruned; None: those of :func:`.not_prunable`.
         skip_first: As of :func:`.prunable`.
         skip_head: As of :func:`.prunable`.
 
@@ -36,7 +37,7 @@ class PrunedWeights:
         self, module: nn.Module, exclude: Sequence[str] | None = None, skip_first: bool = False, skip_head: bool = False
     ) -> None:
         metrics = [f"{prefix}*" for prefix in metric_prefixes(module)]  # networks inside metrics judge, and are not it
-        given = NOT_PRUNABLE if exclude is None else exclude
+        given = not_prunable(module) if exclude is None else exclude
         if not isinstance(given, str):
             given = [*given, *metrics]
         found = prunable(module, given, skip_first, skip_head)

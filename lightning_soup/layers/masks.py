@@ -1,124 +1,18 @@
 """Masks: which weights of a network are there, kept outside of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.threads import one_thread
 
-__all__ = ["NOT_PRUNABLE", "Masks", "masked_parameters", "prunable"]
-
-NOT_PRUNABLE = (
-    "*pos_embed*",
-    "*positional_embedding*",
-    "*cls_token*",
-    "*class_token*",
-    "*class_embedding*",
-    "*reg_token*",
-    "*register_tokens*",
-    "*dist_token*",
-    "*mask_token*",
-    "*relative_position*",
-    "*token_embedding*",
-    "*logit_*",
-)
-"""Names of matrices that are no layers: embeddings, tokens, temperatures."""
+__all__ = ["Masks", "masked_parameters"]
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def prunable(
-    module: nn.Module, exclude: Sequence[str] = NOT_PRUNABLE, skip_first: bool = False, skip_head: bool = False
-) -> dict[str, nn.Parameter]:
-    """The parameters that pruning may touch, by name: those of two dimensions or more, so neither biases nor norms.
-
-    Names are what decides, so that attention's ``in_proj_weight`` and the projections of CLIP are among them, which
-    have no layer of their own. A parameter that has two names (tied weights) comes once, by the first of them, unless
-    one of them is excluded.
-
-    Args:
-        module: The network.
-        exclude: Patterns of names to leave out, in place of :data:`NOT_PRUNABLE`.
-        skip_first: Leave out the first of them, in order of registration: the input layer.
-        skip_head: Leave out the last of them: the classifier of the usual networks.
-
-    Raises:
-        UnsupportedSetup: Nothing is left, ``exclude`` is no list, a layer is lazy and has no shape yet, two parameters
-            are views of the same memory, or a weight is computed from parameters (``torch.nn.utils.parametrize``,
-            weight norm) in a way that does not keep zeros.
-    """
-    if isinstance(exclude, str):
-        raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
-    also: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        also.setdefault(id(parameter), []).extend({name, name.replace("_orig_mod.", "")})  # of compiled parts
-    left = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if not any(fnmatchcase(one, pattern) for one in also[id(parameter)] for pattern in exclude)
-    }
-    lazy = [name for name, parameter in left.items() if is_lazy(parameter)]
-    if lazy:
-        raise UnsupportedSetup(
-            f"{lazy[0]} has no shape yet (a lazy layer), so it cannot be pruned. Run one batch through "
-            f"{type(module).__name__} before the fit."
-        )
-    found = {
-        name: parameter for name, parameter in left.items() if parameter.ndim >= 2 and parameter.is_floating_point()
-    }
-    _refuse_computed(module, found)
-    names = list(found)
-    for name in [*(names[:1] if skip_first else []), *(names[-1:] if skip_head else [])]:
-        found.pop(name, None)
-    if not found:
-        raise UnsupportedSetup(
-            f"nothing in {type(module).__name__} can be pruned: it has {len(names)} parameters of two dimensions or "
-            f"more beside those in exclude={list(exclude)}, skip_first={skip_first}, skip_head={skip_head}."
-        )
-    _refuse_views(found)
-    return found
-
-
-def _refuse_computed(module: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Weights that a network computes anew in each forward pass are not zero where their sources are."""
-    for name, part in module.named_modules():
-        sources: dict[str, str] = {}
-        for weight, steps in getattr(part, "parametrizations", {}).items():
-            if not all(isinstance(step, _SpectralNorm) for step in steps):  # which divides by a number only
-                sources[f"parametrizations.{weight}."] = weight
-        for hook in part._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):
-                sources |= {f"{hook.name}_g": hook.name, f"{hook.name}_v": hook.name}
-        for source, weight in sources.items():
-            prefix = f"{name}." if name else ""
-            if any(found_name.startswith(prefix + source) for found_name in found):
-                raise UnsupportedSetup(
-                    f"{prefix}{weight} is computed from other parameters ({prefix}{source.rstrip('.')}), and would not "
-                    "be zero where these are; weight norm gives NaN where a row is pruned. Make it plain before the "
-                    "fit (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or "
-                    f"leave it out: exclude=['{prefix}{source}*', …]."
-                )
-
-
-def _refuse_views(parameters: Mapping[str, Tensor]) -> None:
-    """Weights tied by a view, such as a transposed one, would need one mask between them."""
-    places: dict[tuple[Any, ...], str] = {}
-    for name, parameter in parameters.items():
-        memory = parameter.data_ptr() if parameter.layout == torch.strided and parameter.numel() else 0
-        twin = places.setdefault((parameter.device, memory), name) if memory else name
-        if twin != name:
-            raise UnsupportedSetup(
-                f"{twin} and {name} are different parameters in the same memory, so one cannot be pruned alone. Use "
-                "one parameter under both names, or exclude one of them."
-            )
 
 
 class Masks(Mapping[str, Tensor]):

@@ -271,10 +271,11 @@ def check_shapes(tensors: Mapping[str, Tensor], selection: str, amount: float) -
     n, m = grouped
     if not math.isclose(amount, 1 - n / m):
         raise UnsupportedSetup(f"{n}:{m} prunes {1 - n / m:g} of the weights at once, not {amount:g}: ask for that.")
-    odd = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape[1] % m}
+    odd = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor.shape[1] % m]
     if odd:
         raise UnsupportedSetup(
-            f"{n}:{m} needs numbers of inputs (dimension 1) that divide by {m}, but not these: {odd}. Exclude them."
+            f"{n}:{m} needs numbers of inputs (dimension 1) that divide by {m}, but not these: "
+            f"{', '.join(odd[:10])}{', …' if len(odd) > 10 else ''}. Exclude them."
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_soup.callbacks.pruned_weights import PrunedWeights
-from lightning_soup.layers.masks import prunable
+from lightning_soup.layers.prunable_weights import prunable
 from lightning_soup.layers.pruning import prune_
 from lightning_soup.layers.thresholds import kth_smallest
 from tests.benchmarks.measures import Work, extra_memory, in_turn, measures_memory, median_ratio, print_ratios

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.costs import cost_table, layer_costs
-from lightning_soup.layers.masks import Masks, prunable
+from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.prunable_weights import prunable
 from lightning_soup.layers.pruning import prune_
 from lightning_soup.layers.semi_structured import to_semi_structured_
 
