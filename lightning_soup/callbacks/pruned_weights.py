@@ -31,6 +31,7 @@ class PrunedWeights:
     Attributes:
         tensors: The prunable parameters, by name without the prefixes of wrappers.
         masks: Their masks.
+        skipped: The first and last parameter, where they are left out.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class PrunedWeights:
         if not isinstance(given, str):
             given = [*given, *metrics]
         found = prunable(module, given, skip_first, skip_head)
+        skips = skip_first or skip_head
+        self.skipped = [name for name in prunable(module, given) if name not in found] if skips else []
         names = clean_names([*module_tensors(module), *found], type(module).__name__)  # those that files have
         self.tensors: dict[str, nn.Parameter] = {names[name]: tensor for name, tensor in found.items()}
         self.masks = Masks.full(self.tensors)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_soup.callbacks.experts_averaging import ExpertsWeightAveraging
@@ -112,11 +112,25 @@ class PruningCallback(Callback):
         self._check_options()
         earlier = self._pruned
         self._pruned = self._find_weights(pl_module)
+        self._tell_of_frozen_and_skipped()
         if self._resumed is not None:
             self._pruned.resume(self._resumed, "the checkpoint")
         elif earlier is not None and earlier.is_of(self._pruned.tensors):
             self._pruned.masks = earlier.masks  # in another fit of the same module what is pruned stays so
         self._pruned.mask_weights()
+
+    def _tell_of_frozen_and_skipped(self) -> None:
+        """Order and freezing decide on layers that the user may not have thought of."""
+        name, tensors = type(self).__name__, self._pruned.tensors
+        if self._pruned.skipped:
+            rank_zero_info(f"{name}: not pruned is {' or '.join(self._pruned.skipped)} (skip_first, skip_head).")
+        frozen = [name for name, tensor in tensors.items() if not tensor.requires_grad]
+        if frozen and self.sparsity is not None:
+            rank_zero_warn(
+                f"{name}: {len(frozen)} of the {len(tensors)} weights to prune are frozen: {', '.join(frozen[:3])}"
+                f"{', …' if len(frozen) > 3 else ''}. They are pruned too, and no training makes up for it. Leave them "
+                "out (exclude), or let them train."
+            )
 
     def _options(self) -> dict[str, Any]:
         """What must be the same when a fit is resumed, as plain values."""

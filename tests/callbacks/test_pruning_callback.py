@@ -1,6 +1,7 @@
 """What callbacks that prune have in common: when masks are laid over what, and what is left behind."""
 
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -173,3 +174,19 @@ class TestTimesThatCannotBe:
         start, stop = times
         with pytest.raises(UnsupportedSetup, match="stop must come after start"):
             fit(SparsityMask(0.75, start=start, stop=stop))
+
+
+def test_what_is_left_out_by_its_place_is_told():
+    mask = SparsityMask(0.5, skip_head=True)
+    with mock.patch("lightning_soup.callbacks.pruning_callback.rank_zero_info") as info:
+        fit(mask)
+    info.assert_called_once_with("SparsityMask: not pruned is net.3.weight (skip_first, skip_head).")
+    assert set(mask.masks) == {"net.0.weight"}
+
+
+def test_frozen_weights_are_told_of():
+    module = TinyClassifier()
+    module.net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"1 of the 2 weights to prune are frozen: net\.0\.weight\. .*Leave them out"):
+        fit(SparsityMask(0.5), module=module)
+    fit(SparsityMask(0.5, exclude=["net.0.*"]), module=module)
