@@ -14,7 +14,7 @@ from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
 from lightning_soup.weights.compatibility import check_compatible, is_head
 from lightning_soup.weights.geometry import cosines
 from lightning_soup.weights.weights_file import Source, WeightsFile
-from lightning_soup.weights.zeros import compare_zeros
+from lightning_soup.weights.zeros import compare_zeros, is_pruned
 
 CommonStart = Literal["require", "ignore"]
 _UNRELATED = 0.5  # cosine; fine-tunes of one start lie above 0.9, independent random matrices near 0
@@ -38,7 +38,8 @@ def check_ingredients(
 
     Returns:
         The ingredients, with unique labels and without tensors that are no weights, and notes for the user: duplicates,
-        and heads that were initialised independently. Each note is also given as a warning.
+        heads that were initialised independently, and dense networks among pruned ones. Each note is also given as a
+        warning.
 
     Raises:
         RecipeError: Fewer than two ingredients, ingredients without a common start, or pruned ones with other masks.
@@ -61,13 +62,22 @@ def check_ingredients(
     if common_start == "require":
         notes += _unrelated(found)
     if one_mask:
-        _refuse_other_masks(found)
+        notes += _other_masks(found)
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return tuple(found), tuple(notes)
 
 
-def _refuse_other_masks(ingredients: Sequence[Ingredient]) -> None:
+def _other_masks(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Refuse pruned networks with other masks; note that dense ones are among them."""
+    dense, pruned = [], []
+    for item in ingredients:
+        (pruned if is_pruned(item.weights) else dense).append(item.name)
+    if dense and pruned:
+        return [
+            f"{pruned[0]} is pruned, but {dense[0]} is dense, and so is every average of both. To have a sparse soup, "
+            "leave out those that are dense, or prune it afterwards (lightning_soup.layers.prune_)."
+        ]
     zeros = compare_zeros([ingredient.weights for ingredient in ingredients])
     if zeros is not None and zeros.apart is not None:
         own = ", ".join(f"{density:.1%}" for density in zeros.densities[:4])
@@ -77,6 +87,7 @@ def _refuse_other_masks(ingredients: Sequence[Ingredient]) -> None:
             f"{zeros.together:.1%}. Soup copies that were retrained from one pruned network, as SparseModelSoup makes "
             "them, or prune the average again: UniformSoup(reprune=True), --recipe.reprune=true on the command line."
         )
+    return []
 
 
 def _duplicates(ingredients: Sequence[Ingredient]) -> list[str]:

@@ -49,10 +49,17 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
             for trial in soup.history
         ],
         "notes": list(soup.notes),
-        **({} if soup.repruned is None else {"repruned": [soup.repruned[0], list(soup.repruned[1])]}),
+        **_describe_repruned(soup.repruned),
         **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
+
+
+def _describe_repruned(repruned: tuple[float, tuple[str, ...], str] | None) -> dict[str, Any]:
+    if repruned is None:
+        return {}
+    share, names, selection = repruned
+    return {"repruned": [share, list(names), selection]}
 
 
 def _describe_statistics(statistics: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -145,17 +152,17 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     return target
 
 
-def _recorded_pruning(original: WeightsFile, record: Mapping[str, Any]) -> tuple[float, list[str]] | None:
-    """Which share of which tensors was pruned after combining, if any was."""
+def _recorded_pruning(original: WeightsFile, record: Mapping[str, Any]) -> tuple[float, list[str], str] | None:
+    """Which share of which tensors was pruned after combining, and by which selection, if any was."""
     if "repruned" not in record:
         return None
     match record["repruned"]:
-        case [float(share), [*names]] if 0 <= share <= 1 and names and all(name in original.specs for name in names):
-            return share, names
+        case [float(share), [*names], str(selection)] if 0 <= share <= 1 and names and {*names} <= {*original.specs}:
+            return share, names, selection
     raise RecipeError(
         f"{original.path}: cannot be recooked. Its record of what was pruned after averaging is damaged: expected a "
-        f"share and the names of its tensors, found {str(record['repruned'])[:100]}. Cook the soup anew from its "
-        "ingredients."
+        f"share, the names of its tensors and a selection, found {str(record['repruned'])[:100]}. Cook the soup anew "
+        "from its ingredients."
     )
 
 

@@ -131,8 +131,8 @@ class Soup:
         accumulate: Type of the kernel's accumulator.
         statistics: BatchNorm statistics that were estimated anew, which take the place of the combined ones; see
             :meth:`recalibrated`.
-        repruned: What is pruned by magnitude after combining: which share of which tensors, all together; ``None``:
-            nothing is.
+        repruned: What is pruned after combining: which share of which tensors, and by which selection of
+            :func:`.prune_`; ``None``: nothing is.
     """
 
     recipe: str
@@ -145,7 +145,7 @@ class Soup:
     notes: tuple[str, ...] = ()
     accumulate: Literal["float32", "float64"] = "float32"
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    repruned: tuple[float, tuple[str, ...]] | None = None
+    repruned: tuple[float, tuple[str, ...], str] | None = None
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -280,9 +280,9 @@ class Soup:
         return with_statistics(self._sources, self.coefficients, self.statistics)
 
 
-def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str]) -> None:
-    """Prune some tensors of a state dict by magnitude, all together, in place."""
-    prune_({name: weights[name] for name in names}, share)
+def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str], selection: str) -> None:
+    """Prune some tensors of a state dict by magnitude, in place."""
+    prune_({name: weights[name] for name in names}, share, selection=selection)
 
 
 def with_statistics(

@@ -10,7 +10,7 @@ from lightning_soup.recipes.checks import CommonStart, check_ingredients
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.recipes.recipe import Recipe, Soup
 from lightning_soup.weights.weights_file import Source, WeightsFile
-from lightning_soup.weights.zeros import compare_zeros
+from lightning_soup.weights.zeros import compare_zeros, pattern_of
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class UniformSoup(Recipe):
         normalize: Divide ``weights`` by their sum. Switch it off to use them as they are.
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
         reprune: Prune the average of pruned networks with different masks again, to the sparsity of the sparsest, by
-            magnitude over all weight matrices that are pruned in them. Without it such ingredients are refused.
-            Estimate BatchNorm statistics anew afterwards (:meth:`.Soup.recalibrated`).
+            magnitude over all weight matrices that are pruned in them; by N:M if all of them have it. Without it such
+            ingredients are refused. Estimate BatchNorm statistics anew afterwards (:meth:`.Soup.recalibrated`).
 
     Raises:
-        RecipeError: The weights do not fit the ingredients, or add up to zero.
+        RecipeError: The weights do not fit the ingredients, or add up to zero; or ``reprune`` is asked for where not
+            all are pruned, or where it would lose a pattern: whole rows, or different N:M.
 
     Source: Wortsman et al., Model soups, ICML 2022 (arXiv 2203.05482), section 2.
     """
@@ -49,10 +50,7 @@ class UniformSoup(Recipe):
         one_mask = not (self.reprune or self._masks_known)
         found, notes = check_ingredients(ingredients, self.common_start, evaluator, one_mask)
         coefficients = self._coefficients(len(found))
-        zeros = compare_zeros([ingredient.weights for ingredient in found]) if self.reprune else None
-        if self.reprune and not (zeros and zeros.matrices):
-            raise RecipeError("UniformSoup(reprune=True): not all ingredients are pruned. Leave reprune out.")
-        repruned = (1 - min(zeros.densities), zeros.matrices) if zeros else None
+        repruned = _repruning([ingredient.weights for ingredient in found]) if self.reprune else None
         return Soup(str(self), found, coefficients, notes=notes, repruned=repruned).rated(evaluator)
 
     def _coefficients(self, count: int) -> tuple[float, ...]:
@@ -66,3 +64,23 @@ class UniformSoup(Recipe):
                 f"UniformSoup: the weights {self.weights} add up to zero; pass normalize=False to use them."
             )
         return tuple(weight / total for weight in self.weights)
+
+
+def _repruning(files: Sequence[WeightsFile]) -> tuple[float, tuple[str, ...], str]:
+    """How the average of pruned networks is pruned: which share of which tensors, and by which selection."""
+    zeros = compare_zeros(files)
+    if not (zeros and zeros.matrices):
+        raise RecipeError("UniformSoup(reprune=True): not all ingredients are pruned. Leave reprune out.")
+    patterns = [pattern_of(file, zeros.matrices) for file in files]
+    if not any(patterns):
+        return 1 - min(zeros.densities), zeros.matrices, "global"
+    pattern = patterns[0]
+    if pattern is None or pattern == "rows" or len(set(patterns)) > 1:
+        told = ", ".join(pattern or "single weights" for pattern in patterns[:4])
+        raise RecipeError(
+            f"UniformSoup(reprune=True): the ingredients are pruned in patterns ({told}), of which only N:M that is "
+            "the same in all can be kept in pruning the average by magnitude. Soup copies that were retrained from one "
+            "pruned network, or prune the average yourself (lightning_soup.layers.prune_)."
+        )
+    n, m = map(int, pattern.split(":"))
+    return 1 - n / m, zeros.matrices, pattern

@@ -27,6 +27,23 @@ def network(seed: int, masks: Masks | None = None, share: float = 0.5) -> dict[s
     return {**found, "a.bias": torch.randn(40, generator=draw)}
 
 
+def convolution(seed: int) -> dict[str, torch.Tensor]:
+    """A dense network near to one start."""
+    start, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    shapes = {"a.weight": (10, 40), "b.weight": (5, 6), "c.weight": (6, 20, 3, 3)}
+    found = {name: torch.randn(shape, generator=start) for name, shape in shapes.items()}
+    return {name: value + 0.3 * torch.randn(value.shape, generator=draw) for name, value in found.items()}
+
+
+class One(Evaluator):
+    """Finds all alike."""
+
+    metric, mode = "val_acc", "max"
+
+    def score(self, weights):
+        return 1.0
+
+
 class Never(Evaluator):
     """Is not asked."""
 
@@ -86,12 +103,24 @@ class TestRepruned:
         path = soup.save(tmp_path / f"soup{suffix}")
         saved = open_checkpoint(path)
         assert all(torch.equal(saved[name], weights[name]) for name in weights)
-        assert saved.provenance["repruned"] == [0.6, NAMES]
+        assert saved.provenance["repruned"] == [0.6, NAMES, "global"]
         again = recook(path)
         assert open_checkpoint(again).digest() == saved.digest()
 
     @pytest.mark.parametrize(
-        "damaged", [None, 0.5, [0.5], [0.5, ["other"]], [0.5, []], [2.0, NAMES], ["x", NAMES], [0.5, "a.weight"]]
+        "damaged",
+        [
+            None,
+            0.5,
+            [0.5],
+            [0.5, NAMES],
+            [0.5, ["other"], "global"],
+            [0.5, [], "global"],
+            [2.0, NAMES, "global"],
+            ["x", NAMES, "global"],
+            [0.5, "a.weight", "global"],
+            [0.5, NAMES, 2],
+        ],
     )
     def test_a_damaged_record_is_not_recooked(self, damaged, tmp_path, monkeypatch):
         for seed in (1, 2):
@@ -100,7 +129,7 @@ class TestRepruned:
         record = {**provenance_of(soup, tmp_path), "repruned": damaged}
         monkeypatch.setattr("lightning_soup.recipes.provenance.provenance_of", lambda *_: record)
         path = soup.save(tmp_path / "soup.safetensors")
-        with pytest.raises(RecipeError, match=r"its tensors, found .*\. Cook the soup anew"):
+        with pytest.raises(RecipeError, match=r"a selection, found .*\. Cook the soup anew"):
             recook(path)
 
     def test_what_is_dense_in_them_stays_so(self):
@@ -108,6 +137,43 @@ class TestRepruned:
         weights = UniformSoup(reprune=True).cook(pair).weights()
         assert weights["pos_embed"].all()
         assert zeros(weights) == 1200
+
+    @pytest.mark.parametrize(("selection", "amount"), [("2:4", 0.5), ("1:2", 0.5), ("4:10", 0.6)])
+    def test_n_of_m_is_kept(self, selection, amount, tmp_path):
+        n, m = map(int, selection.split(":"))
+        for seed in (1, 2):
+            weights = convolution(seed)
+            prune_({name: weights[name] for name in ("a.weight", "c.weight")}, amount, selection=selection)
+            save_weights(weights, tmp_path / f"{seed}.safetensors")
+        soup = UniformSoup(reprune=True).cook([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+        weights = soup.weights()
+        for name in ("a.weight", "c.weight"):
+            groups = (weights[name] != 0).movedim(1, -1).unflatten(-1, (-1, m))
+            assert (groups.sum(-1) == n).all()
+        assert weights["b.weight"].all()
+        path = soup.save(tmp_path / "soup.safetensors")
+        assert open_checkpoint(path).provenance["repruned"][2] == selection
+        assert open_checkpoint(recook(path)).digest() == open_checkpoint(path).digest()
+
+    @pytest.mark.parametrize(
+        ("selections", "told"),
+        [
+            (("rows", "rows"), "rows, rows"),
+            (("2:4", "1:4"), "2:4, 1:4"),
+            (("2:4", "global"), "2:4, single weights"),
+            (("global", "rows"), "single weights, rows"),
+        ],
+        ids=str,
+    )
+    def test_patterns_that_would_be_lost_are_refused(self, selections, told):
+        pair = []
+        for seed, selection in enumerate(selections):
+            pair.append(convolution(seed))
+            prune_(
+                {n: pair[-1][n] for n in ("a.weight", "c.weight")}, 0.75 if "1:4" in selection else 0.5, None, selection
+            )
+        with pytest.raises(RecipeError, match=rf"pruned in patterns \({told}\).*or prune the average yourself"):
+            UniformSoup(reprune=True).cook(pair)
 
     def test_into_a_module(self):
         module = torch.nn.ModuleDict({"a": torch.nn.Linear(30, 40), "b": torch.nn.Linear(30, 40, bias=False)})
@@ -124,8 +190,14 @@ class TestWhatIsNoMask:
     def test_dense_networks(self):
         assert compare_zeros([open_checkpoint(network(seed, Masks({}))) for seed in (1, 2)]) is None
 
-    def test_one_of_them_is_dense(self):
-        UniformSoup().cook([network(1), network(2, Masks({}))])
+    @pytest.mark.parametrize("recipe", [UniformSoup(), GreedySoup()])
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_one_of_them_is_dense(self, recipe, first):
+        pair = [network(1), network(2, Masks({}))]
+        told = rf"{first + 1}\) is pruned, but .*{2 - first}\) is dense, and so is every average of both"
+        with pytest.warns(UserWarning, match=told):
+            soup = recipe.cook(pair[::-1] if first else pair, One())
+        assert "leave out those that are dense" in soup.notes[0]
 
     def test_layers_that_are_zero_yet(self):
         pair = [network(seed, Masks({})) for seed in (1, 2)]
