@@ -201,6 +201,19 @@ class SparseModelSoup(PruningCallback):
         if self._resumed is None:
             checks.check_beginning(self, trainer)
 
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say in the sanity check that a recipe lacks the loss it learns from."""
+        if trainer.state.fn == "fit" and not trainer.fast_dev_run:
+            checks.check_loss(self, pl_module, outputs)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say at the first validation, not after the first cycle, that the metric is not logged."""
         if self.monitor and trainer.state.fn == "fit" and not trainer.fast_dev_run:

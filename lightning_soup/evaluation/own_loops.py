@@ -55,8 +55,8 @@ class OwnLoops:
             with self.apart(), torch.enable_grad():
                 module.zero_grad(set_to_none=True)
                 result = self._validation_step(batch, dataloader_idx)
-                loss = result.get("loss") if isinstance(result, Mapping) else result
-                if not isinstance(loss, Tensor) or loss.grad_fn is None:
+                loss = loss_of(result)
+                if loss is None or loss.grad_fn is None:
                     raise RecipeError(
                         f"{type(module).__name__}.validation_step returned {type(result).__name__}, which has no "
                         "gradient. Let it return the loss, so that coefficients can be learned."
@@ -191,6 +191,12 @@ class OwnLoops:
                 "(--report=false)."
             )
         return logits
+
+
+def loss_of(result: Any) -> Tensor | None:
+    """The loss in what a step returned; ``None`` where there is none."""
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    return loss if isinstance(loss, Tensor) else None
 
 
 def normed(module: nn.Module) -> dict[str, _BatchNorm]:

@@ -55,6 +55,7 @@ class LearnedSoup(Recipe):
     common_start: CommonStart = "require"
 
     needs_evaluator: ClassVar[bool] = True
+    needs_loss: ClassVar[bool] = True
 
     def cook(
         self,

@@ -18,7 +18,7 @@ from lightning_soup.callbacks.retraining import retraining_rate
 from lightning_soup.callbacks.sparse_soup_cooking import Cooking
 from lightning_soup.callbacks.sparse_soup_files import CycleFiles
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
-from lightning_soup.recipes import GreedySoup
+from lightning_soup.recipes import GreedySoup, LearnedSoup
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt
 from tests.callbacks.test_sparse_soup import SIZE, SMALL, Cosine, Everything, fit
@@ -430,6 +430,17 @@ class TestRefused:
     def test_callbacks(self, callback, message, tmp_path):
         with pytest.raises(UnsupportedSetup, match=message):
             fit(tmp_path, callbacks=[callback()])
+
+    @pytest.mark.parametrize("sanity", [0, 2])
+    def test_a_recipe_without_its_loss_ends_the_first_validation(self, sanity, tmp_path):
+        class Silent(Cosine):
+            def validation_step(self, batch, batch_idx):
+                super().validation_step(batch, batch_idx)
+
+        options = {"recipe": LearnedSoup(epochs=1), "monitor": "val_loss", "trainer": {"num_sanity_val_steps": sanity}}
+        with pytest.raises(UnsupportedSetup, match=r"LearnedSoup learns from .* of Silent returned NoneType\. Let it"):
+            fit(tmp_path, module=Silent(), callbacks=[CutAt(1 if sanity else 7)], **options)
+        fit(tmp_path / "one", module=Silent(), copies=1, **options)  # whose copy is the soup
 
     def test_a_constant_accumulation_is_served(self, tmp_path):
         rates = Rates()
