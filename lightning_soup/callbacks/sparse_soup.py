@@ -229,6 +229,11 @@ class SparseModelSoup(PruningCallback):
         """The same where a fit is resumed within an epoch, or at the last batch of one."""
         self._enter(trainer, pl_module, begun=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the data ended before its length."""
+        if not trainer.fast_dev_run and not trainer.should_stop:
+            checks.warn_of_short_epoch(trainer)
+
     def _enter(self, trainer: Trainer, module: LightningModule, begun: bool) -> None:
         epoch = trainer.current_epoch
         if epoch == self._entered or trainer.fast_dev_run:

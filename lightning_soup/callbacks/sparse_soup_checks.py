@@ -229,3 +229,13 @@ def steps_per_epoch(trainer: Trainer) -> int:
             "Trainer(limit_train_batches=…)."
         )
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def warn_of_short_epoch(trainer: Trainer) -> None:
+    """Say that the training data ended before the length that schedules are made of, so that they end too high."""
+    done, planned = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.num_training_batches
+    if done < planned:
+        rank_zero_warn(
+            f"SparseModelSoup: an epoch had {done} batches, not {planned:g}, so the learning rates of a retraining do "
+            f"not reach their end. Give Trainer(limit_train_batches={done}), or data of a length that is true."
+        )

@@ -37,6 +37,13 @@ LONGER = {"dense_epochs": 2, "retrain_epochs": 2, "monitor": "val_loss"}  # 10 e
 SMALL = {"sparsity": 0.8, "cycles": 2, "copies": 2, "retrain_epochs": 1, "dense_epochs": 1}
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The data of TinyData, without a length: six batches of 16."""
+
+    def __iter__(self):
+        return iter(TinyData().train)
+
+
 class Cosine(TinyClassifier):
     """Follows a schedule over the whole of what it is told training is."""
 
@@ -558,9 +565,13 @@ class TestBadInput:
             fit(tmp_path, callbacks=[keep], trainer={"enable_checkpointing": True}, dense_epochs=dense)
 
     def test_data_without_a_length(self, tmp_path):
-        class Stream(torch.utils.data.IterableDataset):
-            def __iter__(self):
-                return iter(TinyData().train)
-
         with pytest.raises(UnsupportedSetup, match=r"the training data has none\. Give Trainer"):
             fit(tmp_path, data=[DataLoader(Stream(), 16), loaders()[1]], module=TinyClassifier())
+
+    @pytest.mark.parametrize(("batches", "warned"), [(4, False), (6, False), (9, True)])
+    def test_a_stream_that_ends_before_its_limit(self, batches, warned, tmp_path, recwarn):
+        data = [DataLoader(Stream(), 16), loaders()[1]]
+        fit(tmp_path, data=data, module=TinyClassifier(), trainer={"limit_train_batches": batches})
+        told = [str(one.message) for one in recwarn if "do not reach their end" in str(one.message)]
+        assert bool(told) is warned
+        assert all("had 6 batches, not 9" in one and "limit_train_batches=6" in one for one in told)
