@@ -187,10 +187,14 @@ def check_optimizers(callback: "SparseModelSoup", trainer: Trainer, module: Ligh
     """Refuse to vary what is not there, or has no effect.
 
     Raises:
-        UnsupportedSetup: There are several optimizers, or a name is unknown or changes nothing.
+        UnsupportedSetup: There is no optimizer or several, or a name is unknown or changes nothing.
     """
     if len(trainer.optimizers) != 1:
         raise UnsupportedSetup(f"SparseModelSoup needs one optimizer, and there are {len(trainer.optimizers)}.")
+    if not trainer.optimizers[0].param_groups:  # Lightning's stand-in
+        raise UnsupportedSetup(
+            f"SparseModelSoup needs an optimizer, and {type(module).__name__}.configure_optimizers returns none."
+        )
     if not max(first_rates(trainer.optimizers[0])) > 0:
         raise UnsupportedSetup(
             "SparseModelSoup scales the learning rates that the module gives its optimizer, and they are 0. Let "

@@ -442,6 +442,15 @@ class TestRefused:
             fit(tmp_path, module=Silent(), callbacks=[CutAt(1 if sanity else 7)], **options)
         fit(tmp_path / "one", module=Silent(), copies=1, **options)  # whose copy is the soup
 
+    @pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+    def test_no_optimizer(self, tmp_path):
+        class Without(Cosine):
+            def configure_optimizers(self):
+                return None
+
+        with pytest.raises(UnsupportedSetup, match=r"needs an optimizer, and Without\.configure_optim.* returns none"):
+            fit(tmp_path, module=Without())
+
     def test_a_constant_accumulation_is_served(self, tmp_path):
         rates = Rates()
         fit(tmp_path, callbacks=[GradientAccumulationScheduler({0: 2}), rates], dense_epochs=0)
