@@ -14,6 +14,7 @@ from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.masks import Masks
+from lightning_soup.layers.prunable_weights import unmatched
 from lightning_soup.layers.pruning import check_selection, check_shapes
 
 
@@ -112,18 +113,23 @@ class PruningCallback(Callback):
         self._check_options()
         earlier = self._pruned
         self._pruned = self._find_weights(pl_module)
-        self._tell_of_frozen_and_skipped()
+        self._tell_what_may_not_be_meant(pl_module)
         if self._resumed is not None:
             self._pruned.resume(self._resumed, "the checkpoint")
         elif earlier is not None and earlier.is_of(self._pruned.tensors):
             self._pruned.masks = earlier.masks  # in another fit of the same module what is pruned stays so
         self._pruned.mask_weights()
 
-    def _tell_of_frozen_and_skipped(self) -> None:
-        """Order and freezing decide on layers that the user may not have thought of."""
+    def _tell_what_may_not_be_meant(self, module: LightningModule) -> None:
+        """Patterns, order and freezing decide on layers that the user may not have thought of."""
         name, tensors = type(self).__name__, self._pruned.tensors
         if self._pruned.skipped:
             rank_zero_info(f"{name}: not pruned is {' or '.join(self._pruned.skipped)} (skip_first, skip_head).")
+        if useless := unmatched(module, self.exclude or ()):
+            rank_zero_warn(
+                f"{name}: exclude={useless} fits no parameter of {type(module).__name__}, so it leaves out nothing. "
+                f"Names are such as {', '.join(list(tensors)[:3])}; * stands for any part."
+            )
         frozen = [name for name, tensor in tensors.items() if not tensor.requires_grad]
         if frozen and self.sparsity is not None:
             rank_zero_warn(

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_soup.callbacks.live_average import LiveAverage
+from lightning_soup.callbacks.model_soup import ModelSoup
 from lightning_soup.callbacks.pruning_callback import PruningCallback, is_lightnings_average
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.errors import UnsupportedSetup
@@ -120,6 +121,12 @@ class SparsityMask(PruningCallback):
                 f"the network less sparse than {self.sparsity:g}. Stop earlier, or train longer."
             )
         for callback in trainer.callbacks:
+            if isinstance(callback, ModelSoup):
+                rank_zero_warn(
+                    f"{type(callback).__name__} stands beside a SparsityMask that prunes until "
+                    f"{schedule.stop or schedule.start}: checkpoints from before are zero at other places, and a soup "
+                    "of them is refused when the fit ends. Let it take later ones (last=…), or prune at the beginning."
+                )
             if is_lightnings_average(callback) and self.sparsity is not None:
                 raise UnsupportedSetup(
                     f"{type(callback).__name__} of Lightning averages weights from before and after they are pruned, "

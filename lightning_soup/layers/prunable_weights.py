@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_soup.errors import UnsupportedSetup
 
-__all__ = ["NOT_PRUNABLE", "not_prunable", "prunable"]
+__all__ = ["NOT_PRUNABLE", "not_prunable", "prunable", "unmatched"]
 
 NOT_PRUNABLE = (
     "*pos_embed*",
@@ -56,9 +56,7 @@ def prunable(
     if isinstance(exclude, str):
         raise UnsupportedSetup(f"exclude={exclude!r}: expected a list of patterns: [{exclude!r}].")
     exclude = not_prunable(module) if exclude is None else exclude
-    also: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        also.setdefault(id(parameter), []).extend({name, name.replace("_orig_mod.", "")})  # of compiled parts
+    also = _all_names(module)
     left = {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -85,6 +83,21 @@ def prunable(
             f"more beside those in exclude={list(exclude)}, skip_first={skip_first}, skip_head={skip_head}."
         )
     _refuse_views(found)
+    return found
+
+
+def unmatched(module: nn.Module, exclude: Sequence[str]) -> list[str]:
+    """Patterns of ``exclude`` that fit no parameter; but those of :data:`NOT_PRUNABLE`, which fit where they can."""
+    names = [name for names in _all_names(module).values() for name in names]
+    rare = [pattern for pattern in exclude if pattern not in NOT_PRUNABLE]
+    return [pattern for pattern in rare if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def _all_names(module: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, with and without what compiled parts add."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).extend({name, name.replace("_orig_mod.", "")})
     return found
 
 

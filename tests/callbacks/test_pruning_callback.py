@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_soup.callbacks import ExponentialAverage, SparsityMask, pruned_weights
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.layers.prunable_weights import NOT_PRUNABLE
 from lightning_soup.layers.pruning import prune_
 from tests.callbacks.test_sparsity_mask import OPTIMIZERS, SIZE, fit, module_with, zeros
 from tests.helpers.averages import TwoOptimizers, loaders
@@ -182,6 +183,12 @@ def test_what_is_left_out_by_its_place_is_told():
         fit(mask)
     info.assert_called_once_with("SparsityMask: not pruned is net.3.weight (skip_first, skip_head).")
     assert set(mask.masks) == {"net.0.weight"}
+
+
+def test_patterns_that_fit_nothing_are_told_of():
+    with pytest.warns(UserWarning, match=r"exclude=\['nte\.3\.\*'\] fits no parameter.*such as net\.0\.weight"):
+        fit(SparsityMask(0.5, exclude=["nte.3.*", "*cls_token*"]))
+    fit(SparsityMask(0.5, exclude=["net.3.*", "*.bias", *NOT_PRUNABLE]))
 
 
 def test_frozen_weights_are_told_of():

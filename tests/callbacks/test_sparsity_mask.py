@@ -19,6 +19,7 @@ from lightning_soup.callbacks import (
     ExpertsWeightAveraging,
     ExponentialAverage,
     LatestAverage,
+    ModelSoup,
     SparseModelSoup,
     SparsityMask,
     WeightEnsemble,
@@ -542,6 +543,14 @@ def test_pickle_and_yaml(tmp_path, monkeypatch):
     for made in through_yaml(TinyClassifier, "lightning_soup.callbacks.SparsityMask", options, tmp_path):
         assert (made.sparsity, made.selection, made.exclude) == (0.7, "erk", ["net.3.*"])
         assert str(made._schedule.stop) == "2 epochs"
+
+
+@pytest.mark.parametrize("when", [{"start": 0, "stop": "50%", "every": 2}, {"start": 6}])
+def test_a_soup_of_the_run_may_get_other_masks(when, tmp_path):
+    soup = ModelSoup(last=2, dirpath=str(tmp_path))  # after steps 12 and 18
+    with pytest.warns(UserWarning, match=r"ModelSoup stands beside .* prunes until .*Let it take later ones"):
+        _, module, _ = fit(SparsityMask(0.5, **when), callbacks=[soup])
+    assert zeros(module) == SIZE // 2
 
 
 class TestBadInput:
