@@ -18,6 +18,7 @@ from lightning_soup.weights.zeros import compare_zeros, is_pruned
 
 CommonStart = Literal["require", "ignore"]
 _UNRELATED = 0.5  # cosine; fine-tunes of one start lie above 0.9, independent random matrices near 0
+_BY_CHANCE = 1e-3  # share of the kept weights that may be zero in some networks though they have one mask
 _COMPARED = 24  # matrices that are sampled, spread over the depth of the network
 
 
@@ -79,7 +80,7 @@ def _other_masks(ingredients: Sequence[Ingredient]) -> list[str]:
             "leave out those that are dense, or prune it afterwards (lightning_soup.layers.prune_)."
         ]
     zeros = compare_zeros([ingredient.weights for ingredient in ingredients])
-    if zeros is not None and zeros.apart is not None:
+    if zeros is not None and zeros.apart is not None and zeros.together > (1 + _BY_CHANCE) * min(zeros.densities):
         own = ", ".join(f"{density:.1%}" for density in zeros.densities[:4])
         raise RecipeError(
             f"the ingredients are pruned, but at different places ({zeros.apart!r} is the first): their matrices keep "

@@ -187,6 +187,18 @@ class TestRepruned:
 
 
 class TestWhatIsNoMask:
+    @pytest.mark.parametrize(("zeroed", "refused"), [(1, False), (5, True)])
+    def test_a_kept_weight_that_happens_to_be_zero(self, zeroed, refused):
+        """One of about 1,200."""
+        pair = [network(seed, shared()) for seed in (1, 2)]
+        places = pair[0]["a.weight"].flatten().nonzero().squeeze(1)[:zeroed]
+        pair[0]["a.weight"].view(-1)[places] = 0
+        if not refused:
+            assert zeros(UniformSoup().cook(pair).weights()) == shared().pruned
+            return
+        with pytest.raises(RecipeError, match="at different places"):
+            UniformSoup().cook(pair)
+
     def test_dense_networks(self):
         assert compare_zeros([open_checkpoint(network(seed, Masks({}))) for seed in (1, 2)]) is None
 
