@@ -35,8 +35,8 @@ class PruningCallback(Callback):
         sparsity: The share of the prunable weights that is pruned in the end; None: no more than is given.
         selection: What is pruned first; see :func:`.prune_`.
         exclude: Patterns of parameters that are not pruned; None: embeddings, tokens and temperatures.
-        skip_first: Leave out the input layer.
-        skip_head: Leave out the last layer.
+        skip_first: Leave out the input layer: the first by order of registration; refused where that does not tell.
+        skip_head: Leave out the last layer, likewise.
         seed: Of the selection ``random``.
     """
 

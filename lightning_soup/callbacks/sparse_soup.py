@@ -73,8 +73,8 @@ class SparseModelSoup(PruningCallback):
         rounding: ``direct``: the count of each cycle is that of its sparsity, rounded once. ``compound``: as torch's
             pruning, of the survivors.
         exclude: Patterns of parameters that are not pruned; None: embeddings, tokens and temperatures.
-        skip_first: Leave out the input layer.
-        skip_head: Leave out the last layer.
+        skip_first: Leave out the input layer: the first by order of registration; refused where that does not tell.
+        skip_head: Leave out the last layer, likewise.
         seed: Of the first copy; the others count on.
         monitor: A metric that validation logs, by which copies and soups are scored.
         mode: ``"max"`` or ``"min"``; by default ``"min"`` for losses and errors.

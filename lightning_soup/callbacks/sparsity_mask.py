@@ -40,8 +40,8 @@ class SparsityMask(PruningCallback):
         stop: When the last gradual step is taken; None: prune once.
         every: How often, if gradually.
         exclude: Patterns of parameters that are not pruned; None: embeddings, tokens and temperatures.
-        skip_first: Leave out the input layer.
-        skip_head: Leave out the last layer.
+        skip_first: Leave out the input layer: the first by order of registration; refused where that does not tell.
+        skip_head: Leave out the last layer, likewise.
         seed: Of the selection ``random``.
         masks_from: A file of masks to begin with, such as the ``masks.pt`` that :class:`.SparseModelSoup` leaves: a
             pruned network is fine-tuned, and keeps its zeros.

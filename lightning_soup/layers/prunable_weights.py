@@ -27,6 +27,9 @@ NOT_PRUNABLE = (
     "*dist_token*",
     "*mask_token*",
     "*relative_position*",
+    "*rel_pos_[hw]",  # these end there: layers that compute positions have weights
+    "*pos_emb",
+    "*_pos",
     "*token_embedding*",
     "*logit_*",
 )

@@ -75,6 +75,9 @@ class TestPrunable:
             "dist_token",
             "mask_token",
             "layers.0.attn.relative_position_bias_table",
+            "blocks.0.attn.rel_pos_h",
+            "stages.2.1.self_attn.pos_emb",
+            "patch_pos",
             "token_embedding.weight",
             "logit_scale",
         ],
@@ -82,6 +85,10 @@ class TestPrunable:
     def test_embeddings_and_tokens_are_no_layers(self, name: str) -> None:
         model = nn.ParameterDict({name.replace(".", "_"): torch.rand(2, 2), "layer": torch.rand(2, 2)})
         assert list(prunable(model)) == ["layer"]
+
+    def test_layers_that_compute_positions_are_layers(self) -> None:
+        model = nn.ModuleDict({"rel_pos": nn.Linear(2, 2), "pos_proj": nn.Linear(2, 2), "pos_emb": nn.Linear(2, 2)})
+        assert len(prunable(model)) == 3
 
     def test_embeddings_are_known_by_their_type(self) -> None:
         model = nn.ModuleDict({"wte": nn.Embedding(5, 4), "[bag]": nn.EmbeddingBag(5, 4), "layer": nn.Linear(4, 5)})
