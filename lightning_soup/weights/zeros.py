@@ -48,7 +48,7 @@ def compare_zeros(checkpoints: Sequence[WeightsFile]) -> Zeros | None:
     with single_threaded_torch():
         for name in _matrices(checkpoints[0]):
             counts, union, differs = _count([file.tensors[name] for file in checkpoints])
-            if max(counts) > (1 - _PRUNED) * specs[name].numel:
+            if not specs[name].numel or max(counts) > (1 - _PRUNED) * specs[name].numel:
                 continue
             pruned.append(name)
             kept, together = [a + b for a, b in zip(kept, counts, strict=True)], together + union

@@ -142,7 +142,7 @@ class TestRepruned:
     def test_n_of_m_is_kept(self, selection, amount, tmp_path):
         n, m = map(int, selection.split(":"))
         for seed in (1, 2):
-            weights = convolution(seed)
+            weights = convolution(seed) | {"none": torch.zeros(0, 4)}
             prune_({name: weights[name] for name in ("a.weight", "c.weight")}, amount, selection=selection)
             save_weights(weights, tmp_path / f"{seed}.safetensors")
         soup = UniformSoup(reprune=True).cook([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
