@@ -187,7 +187,8 @@ def check_optimizers(callback: "SparseModelSoup", trainer: Trainer, module: Ligh
     """Refuse to vary what is not there, or has no effect.
 
     Raises:
-        UnsupportedSetup: There is no optimizer or several, or a name is unknown or changes nothing.
+        UnsupportedSetup: There is no optimizer or several, or a name is unknown or changes nothing; or ``lr_min`` is
+            above the largest rate.
     """
     if len(trainer.optimizers) != 1:
         raise UnsupportedSetup(f"SparseModelSoup needs one optimizer, and there are {len(trainer.optimizers)}.")
@@ -199,6 +200,12 @@ def check_optimizers(callback: "SparseModelSoup", trainer: Trainer, module: Ligh
         raise UnsupportedSetup(
             "SparseModelSoup scales the learning rates that the module gives its optimizer, and they are 0. Let "
             "configure_optimizers give the largest rate, and leave a warm-up to a schedule."
+        )
+    highest = callback.vary.get("lr_max", [callback.lr_max or max(first_rates(trainer.optimizers[0]))])
+    if callback.schedule == "clr" and callback.lr_min > min(highest):
+        raise UnsupportedSetup(
+            f"lr_min={callback.lr_min:g} is above the largest rate of a retraining, {min(highest):g}, so clr would "
+            "rise to it. Give a smaller lr_min, or a larger lr_max."
         )
     vary = {name: values for name, values in callback.vary.items() if name not in OUR_OWN}
     check_settings(trainer, module, vary, max(callback.retrain_epochs))

@@ -451,6 +451,11 @@ class TestRefused:
         with pytest.raises(UnsupportedSetup, match=r"needs an optimizer, and Without\.configure_optim.* returns none"):
             fit(tmp_path, module=Without())
 
+    @pytest.mark.parametrize("options", [{}, {"lr_max": 0.05}, {"vary": {"lr_max": [1.0, 0.05]}}], ids=str)
+    def test_a_cosine_that_would_rise(self, options, tmp_path):
+        with pytest.raises(UnsupportedSetup, match=r"lr_min=0\.1 is above the largest rate of a retraining, 0\.05"):
+            fit(tmp_path, schedule="clr", lr_min=0.1, **options)
+
     def test_a_constant_accumulation_is_served(self, tmp_path):
         rates = Rates()
         fit(tmp_path, callbacks=[GradientAccumulationScheduler({0: 2}), rates], dense_epochs=0)
