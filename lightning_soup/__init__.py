@@ -41,6 +41,7 @@ _ROOMS = {
     "lightning_soup.layers": ("convert_to_dense", "use_experts"),
     "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "ZSCL"),
     "lightning_soup.recipes": (
+        "AdaptiveSoup",
         "GreedySoup",
         "Ingredient",
         "InterpolatedSoup",

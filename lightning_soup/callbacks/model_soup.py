@@ -22,7 +22,7 @@ from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSe
 from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.fit_evaluator import FitEvaluator
 from lightning_soup.progress import Progress, rich_progress, silent
-from lightning_soup.recipes import Ingredient, InterpolatedSoup, Recipe, Soup, UniformSoup
+from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup
 from lightning_soup.recipes.ingredient import saves_between_validations
 from lightning_soup.runs.tracking import log_soup
 from lightning_soup.weights.atomic import user_path
@@ -116,7 +116,9 @@ class ModelSoup(Callback):
     @property
     def _chooser(self) -> Recipe:
         """The recipe that chooses among the checkpoints of the fit."""
-        return self.recipe.soup if isinstance(self.recipe, InterpolatedSoup) else self.recipe
+        if self.recipe.needs_evaluator or not self.recipe.from_init:
+            return self.recipe
+        return self.recipe.soup
 
     def _purpose(self) -> str:
         """What the score of a candidate is needed for; empty where it is no more than a report."""
@@ -141,9 +143,9 @@ class ModelSoup(Callback):
         check_writable_on_rank_zero(trainer, self._folder(trainer) / self.filename)
         if trainer.ckpt_path is None:
             return
-        if isinstance(self.recipe, InterpolatedSoup) and not (self._start and os.path.exists(self._start)):
+        if self.recipe.from_init and not (self._start and os.path.exists(self._start)):
             raise UnsupportedSetup(
-                "ModelSoup(InterpolatedSoup()) needs the weights before the first step, but "
+                f"ModelSoup({type(self.recipe).__name__}()) needs the weights before the first step, but "
                 f"{trainer.ckpt_path} names no file with them that is still there. Resume a fit that had this "
                 "callback from its beginning, or choose another recipe."
             )
@@ -163,7 +165,7 @@ class ModelSoup(Callback):
             self._epochs, self._start = [], None
             kept = checkpoint_callback(trainer)
             self._earlier = set(kept.best_k_models) if kept else set()
-            if isinstance(self.recipe, InterpolatedSoup):
+            if self.recipe.from_init:
                 self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
                 trainer.save_checkpoint(self._start, weights_only=True)
 

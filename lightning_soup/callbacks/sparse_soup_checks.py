@@ -15,7 +15,7 @@ from lightning_soup.callbacks.pruning_callback import is_lightnings_average
 from lightning_soup.callbacks.retraining import NEED_HISTORY, check_retraining
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.own_loops import loss_of
-from lightning_soup.recipes import InterpolatedSoup, Recipe, UniformSoup
+from lightning_soup.recipes import Recipe, UniformSoup
 
 if TYPE_CHECKING:
     from lightning_soup.callbacks.sparse_soup import SparseModelSoup
@@ -150,10 +150,10 @@ def check_trainer(callback: "SparseModelSoup", trainer: Trainer, module: Lightni
 
 def _check_recipe(recipe: Recipe, copies: int) -> None:
     """Refuse what would fail when the first cycle ends, or prune more than the masks say."""
-    if isinstance(recipe, InterpolatedSoup):
+    if recipe.from_init:
         raise UnsupportedSetup(
-            "InterpolatedSoup takes the first of its ingredients for the start, but the copies of a cycle are alike. "
-            "Use UniformSoup, GreedySoup or LearnedSoup."
+            f"{type(recipe).__name__} takes the first of its ingredients for the start, but the copies of a cycle are "
+            "alike. Use UniformSoup, GreedySoup or LearnedSoup."
         )
     if not isinstance(recipe, UniformSoup) or copies == 1:  # one copy is the soup
         return

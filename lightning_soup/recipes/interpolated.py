@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator
@@ -43,6 +43,8 @@ class InterpolatedSoup(Recipe):
     alpha: float | None = None
     soup: Recipe = field(default_factory=UniformSoup)
     common_start: CommonStart = "require"
+
+    from_init: ClassVar[bool] = True
 
     def cook(
         self,
@@ -99,15 +101,15 @@ def interpolate(fine_tuned: Coefficients, alpha: float) -> Coefficients:
 
 
 def for_recipe(recipe: Recipe, ingredients: Sequence[Ingredient], init: Ingredient | None) -> list[Ingredient]:
-    """The ingredients as a recipe wants them: an interpolation goes from ``init`` to the others.
+    """The ingredients as a recipe wants them: some go from ``init`` to the others.
 
     Raises:
-        RecipeError: An interpolation without ``init``.
+        RecipeError: Such a recipe without ``init``.
     """
-    if not isinstance(recipe, InterpolatedSoup):
+    if not recipe.from_init:
         return list(ingredients)
     if init is None:
         raise RecipeError(
-            "InterpolatedSoup goes from the weights before fine-tuning to those after; give the former as init."
+            f"{type(recipe).__name__} goes from the weights before fine-tuning to those after; give the former as init."
         )
     return [init, *ingredients]

@@ -37,11 +37,13 @@ class Recipe(ABC):
     Attributes:
         needs_evaluator: Whether it chooses by score, and so cannot cook from files alone.
         needs_loss: Whether it learns from the loss that ``validation_step`` returns.
+        from_init: Whether its first ingredient is the weights that the others started from.
         common_start: Whether ingredients without a common start are refused; see :func:`.check_ingredients`.
     """
 
     needs_evaluator: ClassVar[bool] = False
     needs_loss: ClassVar[bool] = False
+    from_init: ClassVar[bool] = False
     common_start: CommonStart = "require"
     _masks_known: ClassVar[bool] = False
 
