@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_soup.callbacks import ModelSoup
 from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup, UnwritableOutput
 from lightning_soup.evaluation import ModuleEvaluator
-from lightning_soup.recipes import GreedySoup, InterpolatedSoup, LearnedSoup, Recipe, UniformSoup, recook
+from lightning_soup.recipes import AdaptiveSoup, GreedySoup, InterpolatedSoup, LearnedSoup, Recipe, UniformSoup, recook
 from lightning_soup.weights import combine, open_checkpoint
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.trainers import quiet_trainer
@@ -667,3 +667,26 @@ def test_two_ranks_recalibrate_alike(tmp_path):
         assert (value == saved[name].numpy()).all()
     # 96 samples: three batches of 16 on each rank
     torch.testing.assert_close(saved["net.1.running_mean"], means_of_training_data(saved))
+
+
+def test_adaptive_ratios_between_the_start_and_what_the_fit_ended_with(tmp_path):
+    torch.manual_seed(0)
+    module = TinyClassifier()
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    recipe = AdaptiveSoup(mean=0.6, groups=[["net.0.*"], ["net.3.*"]], steps=10)
+    callback = ModelSoup(recipe, last=2, monitor="val_acc", dirpath=str(tmp_path))
+    quiet_trainer(max_epochs=3, callbacks=[callback]).fit(module, datamodule=TinyData())
+    names = [item.name for item in callback.soup.ingredients]
+    assert names[0] == "soup-start"
+    assert len(names) == 3
+    kept = callback.soup.ingredients[0].weights
+    assert all(torch.equal(value, start[name]) for name, value in kept.items())
+    shares = [1 - row[0] for name, row in callback.soup.coefficients.items() if name.endswith("weight")]
+    assert sum(shares) / 2 == pytest.approx(0.6)
+    assert callback.soup.history[0].label == "equal ratios"
+
+
+def test_adaptive_ratios_need_a_metric(tmp_path):
+    callback = ModelSoup(AdaptiveSoup(), last=2, dirpath=str(tmp_path))
+    with pytest.raises(UnsupportedSetup, match="AdaptiveSoup chooses by a validation metric"):
+        quiet_trainer(max_epochs=2, callbacks=[callback]).fit(TinyClassifier(), datamodule=TinyData())
