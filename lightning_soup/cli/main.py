@@ -15,6 +15,7 @@ usage: lightning-soup COMMAND [options]        (lightning-soup COMMAND --help ex
 
   soup      cook a soup from checkpoints: from files alone, or with --config/--model/--data by validation
   sweep     train one ingredient per setting of a W&B sweep file, then cook them if asked
+  resolution  evaluate a model at several image sizes, choose one on validation data, test there
   continual train a list of tasks in order, and judge all tasks after each (ZSCL)
   show      what a checkpoint or soup holds, and how it was cooked
   recook    cook a soup again from its provenance
@@ -99,10 +100,10 @@ def _run(arguments: list[str]) -> None:
         _call(getattr(import_module(_COMMANDS[command]), command), rest, positional=True)
     elif command == "soup" and not any(a.startswith(_NEEDS_LIGHTNING) for a in rest):
         _call(import_module("lightning_soup.cli.files").soup, rest, positional=False)
-    elif command == "soup" or command in _LIGHTNING:
+    elif command in ("soup", "resolution") or command in _LIGHTNING:
         import_module("lightning_soup.cli.soup_cli").SoupCLI([command, *rest])
     else:
-        known = ", ".join(["soup", *_COMMANDS, *_LIGHTNING])
+        known = ", ".join(["soup", "resolution", *_COMMANDS, *_LIGHTNING])
         sys.stderr.write(f"lightning-soup: unknown command {command!r}. Known: {known}.\n")
         raise SystemExit(2)
 

@@ -26,10 +26,11 @@ from lightning_soup.weights import open_checkpoint
 __all__ = ["SoupCLI"]
 
 _FIT_ONLY = ("ckpt_path", "weights_only")
+_OUR_OWN = ("soup", "resolution")
 
 
 class SoupCLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict` and `soup` for any LightningModule and LightningDataModule.
+    """`fit`, `validate`, `test`, `predict`, `soup` and `resolution` for any LightningModule and LightningDataModule.
 
     The model and the data are named in the config by `class_path` and `init_args`, or by flags:
     `--model ImageClassifier --model.lr 0.001`. Modules in the current folder can be named too.
@@ -62,21 +63,22 @@ class SoupCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The trainer's methods that are subcommands, and the arguments that the CLI itself provides."""
-        return {**LightningCLI.subcommands(), "soup": {"model", "dataloaders", "datamodule"}}
+        own = {"model", "dataloaders", "datamodule"}
+        return {**LightningCLI.subcommands(), "soup": own, "resolution": own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Let `soup` take the config that a `fit` saved, with what only `fit` uses in it, and all take a task file."""
+        """Let our own take the config that a `fit` saved, with what only `fit` uses in it, and all take a task file."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "soup":
+        if subcommand in _OUR_OWN:
             for name in _FIT_ONLY:
                 parser.add_argument(f"--{name}", type=Any, help="No effect here: from a config saved by fit.")
         parser.add_argument(f"--{SECTION}", type=Any, help="No effect here: the tasks of `lightning-soup continual`.")
         return parser
 
     def before_instantiate_classes(self) -> None:
-        """Cook on one device where the number is left open: evaluating a soup is not spread over several."""
-        if self.subcommand == "soup" and self.config.soup.trainer.devices == "auto":
-            self.config.soup.trainer.devices = 1
+        """Take one device where the number is left open: our own evaluations are not spread over several."""
+        if self.subcommand in _OUR_OWN and self.config[self.subcommand].trainer.devices == "auto":
+            self.config[self.subcommand].trainer.devices = 1
 
     def _parse_ckpt_path(self) -> None:
         """Refuse files that are no Lightning checkpoints, such as a soup in safetensors, before they are unpickled."""

@@ -1,4 +1,4 @@
-"""The Trainer that can also cook: ``lightning-soup soup`` is its method."""
+"""The Trainer that can also cook: ``lightning-soup soup`` and ``resolution`` are its methods."""
 
 import shlex
 import sys
@@ -12,15 +12,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_soup.cli.terminal import plain
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
+from lightning_soup.evaluation.resolution import ResolutionSearch
+from lightning_soup.evaluation.resolution_table import ResolutionChoice
 from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
 from lightning_soup.runs.cooking import cook_all, measure
+from lightning_soup.runs.resolution_report import log_resolution, resolution_table, test_scores, write_resolution
 from lightning_soup.runs.tracking import log_report, log_soup
+from lightning_soup.weights.atomic import check_writable, user_path
 from lightning_soup.weights.save import check_output
+from lightning_soup.weights.weights_file import open_checkpoint
 
 
 class SoupTrainer(Trainer):
-    """A Lightning Trainer with a ``soup`` method beside ``fit``, ``validate``, ``test`` and ``predict``."""
+    """A Lightning Trainer with ``soup`` and ``resolution`` beside ``fit``, ``validate``, ``test`` and ``predict``."""
 
     def soup(
         self,
@@ -117,6 +122,53 @@ class SoupTrainer(Trainer):
             log_report(self.loggers, measured, path)
         soup.apply_to(model)
         return soup
+
+    def resolution(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        search: ResolutionSearch | None = None,
+        ckpt: str | None = None,
+        output: str = "resolution",
+        test: bool = True,
+    ) -> ResolutionChoice:
+        """Evaluate a model at several image sizes, choose one on validation data, and test there, once.
+
+        Args:
+            model: The module.
+            datamodule: Validation data to choose on, test data to report on.
+            search: Which sizes, and by which rule one is chosen.
+            ckpt: Weights to evaluate, in any format; by default those that the model is built with.
+            output: Folder of ``resolution.json``, ``resolution.png`` (accuracy and cost over size) and ``table.json``,
+                which the same command goes on with as long as the weights are the same.
+            test: Report the metric of the test data at the chosen size and at that of training.
+
+        Returns:
+            The table and the choice.
+
+        Raises:
+            LightningSoupError: Weights that do not fit, sizes that the model cannot take, no validation data.
+        """
+        if self.world_size > 1:
+            raise UnsupportedSetup(
+                f"resolution evaluates on one device, but the Trainer has {self.world_size}. Pass --trainer.devices=1."
+            )
+        if datamodule is None:
+            raise UnsupportedSetup("resolution needs a data module with validation data (--data).")
+        folder = user_path(output)
+        check_writable(folder / "resolution.json")
+        if ckpt is not None:
+            ModuleEvaluator(model, datamodule).load(open_checkpoint(ckpt))
+        chosen_by = search or ResolutionSearch()
+        shown = silent if self.progress_bar_callback is None else rich_progress
+        found = chosen_by.run(model, datamodule, folder / "table.json", shown, self)
+        testable = test and is_overridden("test_dataloader", datamodule)
+        tested = test_scores(chosen_by, found, model, datamodule) if testable else {}
+        write_resolution(found, tested, folder)
+        log_resolution(self.loggers, found, tested)
+        self._tell(resolution_table(found, tested), f"Written to {plain(folder)}")
+        return found
 
     def _tell(self, *lines: object) -> None:
         from rich.console import Console

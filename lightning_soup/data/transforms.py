@@ -1,5 +1,6 @@
 """How image files become tensors: timm's transforms, with size and normalisation taken from a model's name."""
 
+import copy
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,20 @@ class Preprocessing:
             mean=self.mean,
             std=self.std,
         )
+
+    def at_size(self, size: tuple[int, int]) -> "Preprocessing":
+        """The same for images of another height and width."""
+        changed = copy.copy(self)
+        changed.input_size = (self.input_size[0], *size)
+        return changed
+
+    def exactly(self, size: tuple[int, int]) -> Callable[..., Tensor]:
+        """The transform that brings the whole image to this height and width, whatever its aspect ratio is."""
+        from timm.data.transforms import str_to_interp_mode
+        from torchvision.transforms import Compose, Normalize, Resize, ToTensor
+
+        interpolation = str_to_interp_mode(self.interpolation)
+        return Compose([Resize(list(size), interpolation), ToTensor(), Normalize(self.mean, self.std)])
 
     def evaluate(self) -> Callable[..., Tensor]:
         """The transform of validation and test images: resize and centre crop."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -173,6 +173,12 @@ class VisionDataModule(LightningDataModule):
     def split(self, images: Dataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
         """Which of ``indices`` to train on and which to hold out, as places in it."""
         return random_parts(len(indices), self.val_fraction, self.seed)
+
+    def views(self, split: Literal["val", "test"]) -> dict[str, ImageView]:
+        """The images of a split by the name of the set, as they are evaluated."""
+        self.prepare_data()
+        self.setup("validate" if split == "val" else "test")
+        return {"val": self._val} if split == "val" else dict(zip(self.test_names, self._tests, strict=True))
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented training batches."""

@@ -1,6 +1,6 @@
 """Judging weights: evaluators, per-sample outcomes, and whether a difference is more than noise.
 
-``ModuleEvaluator`` and ``cross_evaluate`` are imported when first asked for, since they need Lightning.
+Some names are imported when they are first used, since they need Lightning.
 """
 
 from importlib import import_module
@@ -15,12 +15,18 @@ from lightning_soup.evaluation.significance import paired_bootstrap as paired_bo
 if TYPE_CHECKING:
     from lightning_soup.evaluation.cross_evaluation import CrossEvaluation as CrossEvaluation
     from lightning_soup.evaluation.cross_evaluation import cross_evaluate as cross_evaluate
+    from lightning_soup.evaluation.image_sizes import smart_resize as smart_resize
     from lightning_soup.evaluation.module_evaluator import ModuleEvaluator as ModuleEvaluator
+    from lightning_soup.evaluation.resolution import ResolutionSearch as ResolutionSearch
+    from lightning_soup.evaluation.resolution_table import Resolution as Resolution
 
 _HOME = {
     "CrossEvaluation": "cross_evaluation",
     "ModuleEvaluator": "module_evaluator",
+    "Resolution": "resolution_table",
+    "ResolutionSearch": "resolution",
     "cross_evaluate": "cross_evaluation",
+    "smart_resize": "image_sizes",
 }
 
 

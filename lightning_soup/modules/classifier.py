@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.evaluation.image_sizes import timm_at_size
 from lightning_soup.modules.classification import ClassificationModule, check_ranges
 from lightning_soup.modules.initial_weights import load_initial_weights
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
@@ -102,6 +103,10 @@ class ImageClassifier(ClassificationModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, C, H, W]``."""
         return self.model(images)
+
+    def model_at_size(self, size: tuple[int, int]) -> nn.Module:
+        """``model``, or a copy of it, for images of this height and width; see :func:`.timm_at_size`."""
+        return timm_at_size(self.model, size)
 
     def setup(self, stage: str) -> None:
         """Refuse data with more classes than the head, which would fail in the middle of the first epoch."""

@@ -23,6 +23,7 @@ from lightning_soup.modules.clip_head import (
 from lightning_soup.modules.clip_models import (
     FORMER_TENSORS,
     build_clip,
+    clip_at_size,
     clip_tokenizer,
     image_size,
     read_model_config,
@@ -209,6 +210,10 @@ class CLIPClassifier(ClassificationModule):
         frozen = self.training and self.hparams.train == "head"  # its dropout and batch statistics rest too
         with evaluating(self.model.visual) if frozen else nullcontext():
             return self.model.encode_image(images.expand(-1, 3, -1, -1), normalize=True)
+
+    def model_at_size(self, size: tuple[int, int]) -> nn.Module:
+        """``model``, or one with its weights for images of this height and width; see :func:`.clip_at_size`."""
+        return clip_at_size(self.model, self.hparams.model_config, size)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Text features of unit length, ``[M, D]``, of tokens ``[M, L]`` made by ``self.tokenize``."""

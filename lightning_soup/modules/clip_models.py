@@ -12,9 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.evaluation.image_sizes import patch_of, timm_at_size
 from lightning_soup.modules.zero_shot import evaluating
 
-__all__ = ["FORMER_TENSORS", "build_clip", "clip_tokenizer", "image_size", "read_model_config", "without_tower_weights"]
+__all__ = [
+    "FORMER_TENSORS",
+    "build_clip",
+    "clip_at_size",
+    "clip_tokenizer",
+    "image_size",
+    "read_model_config",
+    "without_tower_weights",
+]
 
 _NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
 
@@ -138,6 +147,59 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of the images that an open_clip model takes."""
     size = model.visual.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def clip_at_size(model: nn.Module, config: Mapping[str, Any], size: tuple[int, int]) -> nn.Module:
+    """A model with the same weights for images of another size; itself at its own.
+
+    Position embeddings are resampled from those of the model (bicubic, antialias, in float32), also to another grid
+    with as many tokens, which open_clip's own loader leaves as it was.
+
+    Args:
+        model: The model, which is not changed.
+        config: Its architecture, from :func:`read_model_config`.
+        size: Height and width.
+
+    Raises:
+        UnsupportedSetup: Its patches do not divide the size, or it cannot be built so.
+    """
+    if tuple(size) == image_size(model):
+        return model
+    if hasattr(model.visual, "trunk"):  # a tower of timm
+        changed = deepcopy(model)
+        changed.visual.trunk = timm_at_size(model.visual.trunk, size)
+        changed.visual.image_size = tuple(size)
+        return changed
+    patch = patch_of(model)
+    if patch is not None and (size[0] % patch[0] or size[1] % patch[1]):
+        raise UnsupportedSetup(
+            f"The model cannot take images of {size[0]}×{size[1]}: its patches are {patch[0]}×{patch[1]}. Choose sizes "
+            "that they divide."
+        )
+    arguments = deepcopy(dict(config))
+    arguments["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else tuple(size)
+    changed = build_clip(arguments)
+    state, wanted = model.state_dict(), changed.state_dict()
+    for name, value in state.items():
+        if value.shape != wanted[name].shape or (name.startswith("visual.") and name.endswith("positional_embedding")):
+            state[name] = _resampled(value, image_size(model), tuple(size), len(wanted[name]))
+    changed.load_state_dict(state)
+    device = next(iter(state.values())).device
+    return changed.to(device).train(model.training)
+
+
+def _resampled(embedding: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int) -> Tensor:
+    """The embedding ``[1 + h·w, D]`` of a grid for another one of the same stride."""
+    from timm.layers import resample_abs_pos_embed
+
+    stride = (old[0] * old[1] / (len(embedding) - 1)) ** 0.5
+    grids = [(round(size[0] / stride), round(size[1] / stride)) for size in (old, new)]
+    if [1 + h * w for h, w in grids] != [len(embedding), tokens]:
+        raise UnsupportedSetup(
+            f"The model has {len(embedding)} position embeddings for images of {old[0]}×{old[1]}: they are no grid, "
+            "and cannot be resampled. Evaluate it at its own size."
+        )
+    return resample_abs_pos_embed(embedding[None], grids[1], grids[0], num_prefix_tokens=1)[0]
 
 
 class _Towers(nn.Module):

@@ -1,0 +1,63 @@
+"""Letting a module take images of another size for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.evaluation.image_sizes import timm_at_size
+
+__all__ = ["at_size", "rehearse", "vision_model"]
+
+
+def vision_model(module: LightningModule) -> nn.Module:
+    """The network that sees the images: the module's ``model``, or the module itself."""
+    model = getattr(module, "model", None)
+    return model if isinstance(model, nn.Module) else module
+
+
+@contextmanager
+def at_size(module: LightningModule, size: tuple[int, int]) -> Iterator[nn.Module]:
+    """Let a module take images of another size, and give it its own network back afterwards.
+
+    Raises:
+        UnsupportedSetup: Its network cannot.
+    """
+    own = vision_model(module)
+    if own is module:
+        yield module
+        return
+    changed = module.model_at_size(size) if hasattr(module, "model_at_size") else timm_at_size(own, size)
+    module.model = changed
+    try:
+        yield changed
+    finally:
+        module.model = own
+
+
+def rehearse(module: LightningModule, size: tuple[int, int], channels: int) -> None:
+    """See that a module takes images of a size, by one black image.
+
+    Raises:
+        UnsupportedSetup: It does not.
+    """
+    image = torch.zeros(1, channels, *size, device=module.device, dtype=module.dtype)
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        with at_size(module, size), torch.no_grad():
+            module.eval()
+            module(image)
+    except LightningSoupError:
+        raise
+    except Exception as error:  # whatever a network makes of a size that it cannot have
+        raise UnsupportedSetup(
+            f"{type(vision_model(module)).__name__} cannot take images of {size[0]}×{size[1]}: "
+            f"{str(error).rstrip('.')}. Choose sizes that its patches and windows divide, or build it with "
+            "dynamic_img_size=True."
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
