@@ -10,9 +10,14 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lightning_soup.evaluation.resolution_table import Resolution, ResolutionChoice, SizeScore
+from lightning_soup.modules import AwareNet
 from lightning_soup.runs.continual import ContinualResult
+from lightning_soup.runs.resolution_report import log_resolution
 from lightning_soup.runs.tracking import log_continual, log_report, log_soup
+from tests.helpers.families import HeldOutData, three_families
 from tests.helpers.reports import fake_report, soup, trial
+from tests.helpers.trainers import quiet_trainer
 
 SOURCE = "wandb:team/digits/model-{}:v0"
 
@@ -232,3 +237,27 @@ def test_one_task_has_no_transfer_to_log(tmp_path):
     log_continual([OnlineLogger(run)], ContinualResult(tmp_path, ("red",), {}, {"red": 50.0}, {"red": {"red": 90.0}}))
     assert run.logged["continual/last"] == 90.0
     assert "continual/transfer" not in run.logged
+
+
+def test_a_search_over_sizes_is_numbers_and_a_picture(offline, tmp_path):
+    sizes = [Resolution((side, side)) for side in (192, 224)]
+    row = {size: SizeScore(0.7 + i / 10, 0.02, 145.0 + i, 0.001, 100) for i, size in enumerate(sizes)}
+    found = ResolutionChoice({"val": row}, {"val": sizes[1]}, sizes[0], "best", "acc", "val")
+    log_resolution([offline, CSVLogger(tmp_path / "csv")], found, {"test": {sizes[1]: row[sizes[1]]}})
+    summary = offline.experiment.summary
+    assert summary["resolution/val/192"] == 0.7
+    assert summary["resolution/test/test/224"] == pytest.approx(0.8)
+    wandb.finish()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    assert list((folder / "files/media/images/resolution").glob("*.png"))
+    [table] = (tmp_path / "csv").rglob("metrics.csv")
+    assert "resolution/val/224" in table.read_text()
+
+
+def test_the_weights_of_families_are_a_picture(offline, tmp_path):
+    trainer = quiet_trainer(max_epochs=2, logger=offline)
+    trainer.fit(AwareNet(three_families(), num_classes=3), datamodule=HeldOutData())
+    assert offline.experiment.summary["alpha/good"] > 0.3
+    wandb.finish()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    assert list((folder / "files/media/images/ensemble").glob("*.png"))
