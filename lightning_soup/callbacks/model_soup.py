@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_soup.callbacks.model_soup_checks import (
     WatchedMetric,
     check_kept_files,
+    check_loss,
     check_training_ends,
     check_writable_on_rank_zero,
     checkpoint_callback,
@@ -168,6 +169,19 @@ class ModelSoup(Callback):
             if self.recipe.from_init:
                 self._start = str(self._folder(trainer) / f"{Path(self.filename).stem}-start.ckpt")
                 trainer.save_checkpoint(self._start, weights_only=True)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say in the sanity check, not after the training, that a recipe lacks the loss it learns from."""
+        if trainer.state.fn == "fit" and not trainer.fast_dev_run:
+            check_loss(self._chooser, pl_module, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say at the first validation, not after the training, that the metric is not logged."""

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup, UnwritableOutput
 from lightning_soup.evaluation.evaluator import not_logged
+from lightning_soup.evaluation.own_loops import loss_of
+from lightning_soup.recipes import Recipe
 from lightning_soup.weights.save import check_output
 
 
@@ -152,3 +155,17 @@ def _names(loop: object) -> list[str]:
     fresh = [result for result in results.values() if result.meta.on_epoch and not result.has_reset]
     fresh = [result for result in fresh if result.meta.fx != "on_validation_start"]  # callbacks, of the sparsity
     return sorted({name for result in fresh for name in results._forked_name(result, on_step=False)})
+
+
+def check_loss(recipe: Recipe, module: LightningModule, outputs: Any) -> None:
+    """Refuse a recipe that learns from a loss where ``validation_step`` returned none.
+
+    Raises:
+        UnsupportedSetup: It is so.
+    """
+    if recipe.needs_loss and loss_of(outputs) is None:
+        kind = type(module).__name__
+        raise UnsupportedSetup(
+            f"{type(recipe).__name__} learns from the loss that validation_step returns, but that of {kind} "
+            f"returned {type(outputs).__name__}. Let it return the loss, or use UniformSoup or GreedySoup."
+        )

@@ -16,7 +16,7 @@ from lightning_soup.callbacks.fresh_optimizers import (
     seed_epoch,
     set_rate,
 )
-from lightning_soup.callbacks.model_soup_checks import WatchedMetric, check_writable_on_rank_zero
+from lightning_soup.callbacks.model_soup_checks import WatchedMetric, check_loss, check_writable_on_rank_zero
 from lightning_soup.callbacks.pruning_callback import PruningCallback
 from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule, adaptive_rate, retraining_rate
 from lightning_soup.callbacks.sparse_soup_cooking import Cooking
@@ -211,8 +211,8 @@ class SparseModelSoup(PruningCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Say in the sanity check that a recipe lacks the loss it learns from."""
-        if trainer.state.fn == "fit" and not trainer.fast_dev_run:
-            checks.check_loss(self, pl_module, outputs)
+        if self.copies > 1 and trainer.state.fn == "fit" and not trainer.fast_dev_run:
+            check_loss(self.recipe, pl_module, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say at the first validation, not after the first cycle, that the metric is not logged."""

@@ -14,7 +14,6 @@ from lightning_soup.callbacks.model_soup import ModelSoup
 from lightning_soup.callbacks.pruning_callback import is_lightnings_average
 from lightning_soup.callbacks.retraining import NEED_HISTORY, check_retraining
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.own_loops import loss_of
 from lightning_soup.recipes import Recipe, UniformSoup
 
 if TYPE_CHECKING:
@@ -166,20 +165,6 @@ def _check_recipe(recipe: Recipe, copies: int) -> None:
         raise UnsupportedSetup(
             f"UniformSoup has {len(recipe.weights)} weights, but SparseModelSoup makes copies={copies}. Give one "
             "weight for each copy, or leave weights out."
-        )
-
-
-def check_loss(callback: "SparseModelSoup", module: LightningModule, outputs: Any) -> None:
-    """Refuse a recipe that learns from a loss where ``validation_step`` returned none.
-
-    Raises:
-        UnsupportedSetup: It is so.
-    """
-    if callback.recipe.needs_loss and callback.copies > 1 and loss_of(outputs) is None:
-        kind = type(module).__name__
-        raise UnsupportedSetup(
-            f"{type(callback.recipe).__name__} learns from the loss that validation_step returns, but that of {kind} "
-            f"returned {type(outputs).__name__}. Let it return the loss, or use UniformSoup or GreedySoup."
         )
 
 

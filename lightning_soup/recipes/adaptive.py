@@ -115,6 +115,11 @@ class AdaptiveSoup(Recipe):
     needs_evaluator: ClassVar[bool] = True
     from_init: ClassVar[bool] = True
 
+    @property
+    def needs_loss(self) -> bool:
+        """Whether it learns by gradient."""
+        return self.method == "gradient"
+
     def cook(
         self,
         ingredients: Sequence[Ingredient | Source | WeightsFile],

@@ -690,3 +690,18 @@ def test_adaptive_ratios_need_a_metric(tmp_path):
     callback = ModelSoup(AdaptiveSoup(), last=2, dirpath=str(tmp_path))
     with pytest.raises(UnsupportedSetup, match="AdaptiveSoup chooses by a validation metric"):
         quiet_trainer(max_epochs=2, callbacks=[callback]).fit(TinyClassifier(), datamodule=TinyData())
+
+
+class WithoutLoss(TinyClassifier):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("recipe", [LearnedSoup(), AdaptiveSoup(), InterpolatedSoup(soup=LearnedSoup())], ids=str)
+def test_a_recipe_that_learns_from_a_loss_needs_one_before_training(recipe, tmp_path):
+    module = WithoutLoss()
+    before = module.net[0].weight.clone()
+    callback = ModelSoup(recipe, last=2, monitor="val_acc", dirpath=str(tmp_path))
+    with pytest.raises(UnsupportedSetup, match=r"learns from the loss .*WithoutLoss returned NoneType"):
+        quiet_trainer(max_epochs=2, callbacks=[callback]).fit(module, datamodule=TinyData())
+    assert torch.equal(module.net[0].weight, before)
