@@ -83,7 +83,7 @@ def fine_tuned(start: ImageClassifier, data: Set, size: int, seed: int) -> Image
 def averaged(modules: Sequence[ImageClassifier], lengths: Sequence[int]) -> ImageClassifier:
     """The plain mean over the sizes of training."""
     soup = network()
-    LengthAverage(lengths=list(lengths), target=BASE).cook(list(modules)).apply_to(soup)
+    LengthAverage(lengths=list(lengths)).cook(list(modules)).apply_to(soup)
     return soup.eval()
 
 

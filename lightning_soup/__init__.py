@@ -49,6 +49,7 @@ _ROOMS = {
         "Ingredient",
         "InterpolatedSoup",
         "LearnedSoup",
+        "LengthAverage",
         "Recipe",
         "Soup",
         "UniformSoup",

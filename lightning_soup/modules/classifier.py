@@ -5,10 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.image_sizes import timm_at_size
-from lightning_soup.modules.classification import ClassificationModule, check_ranges
+from lightning_soup.evaluation.image_sizes import patch_of, snapped, timm_at_size
+from lightning_soup.evaluation.sized_modules import rehearse
+from lightning_soup.modules.classification import Batch, ClassificationModule, check_ranges
 from lightning_soup.modules.initial_weights import load_initial_weights
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
+from lightning_soup.modules.train_sizes import TrainSizes
 
 __all__ = ["ImageClassifier"]
 
@@ -43,6 +45,12 @@ class ImageClassifier(ClassificationModule):
         layer_decay: Each layer learns this factor slower than the one above it (0.65 to 0.9 for ViTs). None: all alike.
         label_smoothing: Share of the target spread over all classes, in training only.
         mixup: α of mixup (Zhang et al. 2018): pairs of images are blended with λ ~ Beta(α, α). 0: none.
+        train_sizes: Train at several image sizes: each step resizes its batch to one of these sides (bicubic, in
+            float32), drawn by the number of the step. ViTs are built with ``dynamic_img_size`` for it, so that their
+            position embedding stays on the grid of ``img_size``; CNNs need nothing. The cost of a step grows with the
+            square of the side, and that of attention with its fourth power. Validation is at the data's own size.
+        token_budget: Most tokens of a step with ``train_sizes``, as a multiple of those of the batch at the data's own
+            size: of larger sizes fewer images are taken. 1: no step costs more tokens than one without ``train_sizes``.
 
     Raises:
         UnsupportedSetup: timm does not know the model or its arguments, a value is out of range, or the checkpoint does
@@ -70,6 +78,8 @@ class ImageClassifier(ClassificationModule):
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        train_sizes: list[int] | None = None,
+        token_budget: float | None = None,
     ):
         super().__init__()
         if num_classes < 2:
@@ -80,6 +90,7 @@ class ImageClassifier(ClassificationModule):
             )
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup, layer_decay)
         self.save_hyperparameters()
+        self.train_sizes = None if train_sizes is None else TrainSizes(train_sizes, token_budget)
         # What the starting weights do not bring, the head for new classes, is drawn from a seed of its own: runs that
         # are seeded apart must still start from one point, or their average is of no use.
         fixed = head_seed if pretrained or reset_head else None
@@ -88,12 +99,15 @@ class ImageClassifier(ClassificationModule):
                 model_name,
                 pretrained,
                 model_args or {},
+                many_sizes=train_sizes is not None,
                 num_classes=num_classes,
                 img_size=img_size,
                 in_chans=in_chans,
                 drop_rate=drop_rate,
                 drop_path_rate=drop_path_rate,
             )
+        if self.train_sizes is not None:
+            self._check_train_sizes()
         if checkpoint_path:
             load_initial_weights(self.model, checkpoint_path, reset_head)
         # Loggers show where training started (they read the initial hyperparameters), but what a checkpoint holds are
@@ -116,6 +130,25 @@ class ImageClassifier(ClassificationModule):
                 f"The data has {classes} classes, the head of the model {self.hparams.num_classes}. "
                 f"Set num_classes={classes}."
             )
+
+    def _check_train_sizes(self) -> None:
+        """Refuse sizes that the model cannot take, or cannot change between."""
+        if hasattr(self.model, "set_input_size") and not getattr(self.model, "dynamic_img_size", False):
+            raise UnsupportedSetup(
+                f"train_sizes: {self.hparams.model_name} has one image size at a time, which must not change while it "
+                "is trained. Take a ViT that can be built with dynamic_img_size=True, or a CNN."
+            )
+        patch = patch_of(self.model) or (1, 1)
+        for size in dict.fromkeys(self.train_sizes.sizes):
+            for side, step in zip(size, patch, strict=True):
+                snapped(side, step)
+            rehearse(self, size, self.hparams.in_chans)
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """Cross entropy of a batch, with label smoothing and mixup, at the size of the step with ``train_sizes``."""
+        if self.train_sizes is not None:
+            batch = self.train_sizes(batch, 0 if self._trainer is None else self.trainer.global_step)
+        return super().training_loss(batch)
 
     def trained_part(self) -> nn.Module:
         """The timm model, which names the parameters without decay and the order of its layers."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.image_sizes import patch_of, timm_at_size
 from lightning_soup.modules.zero_shot import evaluating
+from lightning_soup.weights.positions import resample_positions
 
 __all__ = [
     "FORMER_TENSORS",
@@ -190,8 +191,6 @@ def clip_at_size(model: nn.Module, config: Mapping[str, Any], size: tuple[int, i
 
 def _resampled(embedding: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int) -> Tensor:
     """The embedding ``[1 + h·w, D]`` of a grid for another one of the same stride."""
-    from timm.layers import resample_abs_pos_embed
-
     stride = (old[0] * old[1] / (len(embedding) - 1)) ** 0.5
     grids = [(round(size[0] / stride), round(size[1] / stride)) for size in (old, new)]
     if [1 + h * w for h, w in grids] != [len(embedding), tokens]:
@@ -199,7 +198,7 @@ def _resampled(embedding: Tensor, old: tuple[int, int], new: tuple[int, int], to
             f"The model has {len(embedding)} position embeddings for images of {old[0]}×{old[1]}: they are no grid, "
             "and cannot be resampled. Evaluate it at its own size."
         )
-    return resample_abs_pos_embed(embedding[None], grids[1], grids[0], num_prefix_tokens=1)[0]
+    return resample_positions(embedding, grids[1], grids[0], prefix=1)
 
 
 class _Towers(nn.Module):

@@ -15,6 +15,7 @@ from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.ingredient import refuse_overwriting
 from lightning_soup.recipes.recipe import Soup, reprune_, with_statistics
 from lightning_soup.weights.combine import combine
+from lightning_soup.weights.positions import Resampling, resampled
 from lightning_soup.weights.save import save_combination, save_weights
 from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
@@ -50,6 +51,7 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
         ],
         "notes": list(soup.notes),
         **_describe_repruned(soup.repruned),
+        **({"resampled": {n: plan.plain() for n, plan in soup.resampled.items()}} if soup.resampled else {}),
         **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
@@ -126,7 +128,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             problems.append(str(error))
     if problems:
         raise RecipeError(f"{path}: cannot be recooked.\n  " + "\n  ".join(problems))
-    repruned = _recorded_pruning(original, record)
+    repruned, plans = _recorded_pruning(original, record), _recorded_resampling(original, record)
     target = Path(output) if output is not None else original.path.with_suffix(f".recooked{original.path.suffix}")
     for file in (*opened, original):
         if file.path is not None:
@@ -135,7 +137,8 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
         for item, file in zip(record["ingredients"], opened, strict=True):
             item["source"] = os.path.relpath(file.path.resolve(), target.parent.resolve()) if file.path else None
-    sources, coefficients = with_statistics(opened, record["coefficients"], _recorded_statistics(original, record))
+    alike = [resampled(file, i, plans) for i, file in enumerate(opened)]
+    sources, coefficients = with_statistics(alike, record["coefficients"], _recorded_statistics(original, record))
     kept = {"like": like, "provenance": record}
     if repruned is not None:
         weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)
@@ -164,6 +167,20 @@ def _recorded_pruning(original: WeightsFile, record: Mapping[str, Any]) -> tuple
         f"share, the names of its tensors and a selection, found {str(record['repruned'])[:100]}. Cook the soup anew "
         "from its ingredients."
     )
+
+
+def _recorded_resampling(original: WeightsFile, record: Mapping[str, Any]) -> dict[str, Resampling]:
+    """The position embeddings that were brought to one grid, if any were."""
+    told = record.get("resampled", {})
+    try:
+        if not isinstance(told, Mapping) or any(name not in original.specs for name in told):
+            raise ValueError(f"expected names of its tensors, found {str(told)[:100]}")
+        return {name: Resampling.from_plain(plan, len(record["ingredients"])) for name, plan in told.items()}
+    except ValueError as error:
+        raise RecipeError(
+            f"{original.path}: cannot be recooked. Its record of the position embeddings that were resampled before "
+            f"averaging is damaged: {error}. Cook the soup anew from its ingredients."
+        ) from error
 
 
 def _recorded_statistics(original: WeightsFile, record: Mapping[str, Any]) -> dict[str, Tensor]:

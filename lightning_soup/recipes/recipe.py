@@ -20,6 +20,7 @@ from lightning_soup.recipes.checks import CommonStart
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
+from lightning_soup.weights.positions import Resampling, resampled
 from lightning_soup.weights.save import save_combination, save_weights
 from lightning_soup.weights.weights_file import Source, WeightsFile, metric_prefixes
 
@@ -137,6 +138,7 @@ class Soup:
             :meth:`recalibrated`.
         repruned: What is pruned after combining: which share of which tensors, and by which selection of
             :func:`.prune_`; ``None``: nothing is.
+        resampled: Position embeddings that are brought to one grid before combining; see :class:`.LengthAverage`.
     """
 
     recipe: str
@@ -150,6 +152,7 @@ class Soup:
     accumulate: Literal["float32", "float64"] = "float32"
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     repruned: tuple[float, tuple[str, ...], str] | None = None
+    resampled: Mapping[str, Resampling] = field(default_factory=dict)
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -278,7 +281,7 @@ class Soup:
 
     @property
     def _sources(self) -> list[WeightsFile]:
-        return [ingredient.weights for ingredient in self.ingredients]
+        return [resampled(item.weights, i, self.resampled) for i, item in enumerate(self.ingredients)]
 
     def _terms(self) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
         return with_statistics(self._sources, self.coefficients, self.statistics)
