@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_soup import AdaptiveSoup, ModuleEvaluator
+from lightning_soup import AdaptiveSoup, ModuleEvaluator, combine
 from lightning_soup.runs.pareto import front_picture, pareto_front
 
 MEANS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -128,7 +128,7 @@ def run(seed: int, task: Callable[[Tensor, Tensor], Set], lr: float) -> tuple[Sc
     images, labels = (images / 16).float()[order].view(-1, 8, 8), labels[order]
     train, test = (images[:900], labels[:900]), (images[900:], labels[900:])
     network = Network()
-    classify(network, plain(*train), 20, draw)
+    classify(network, plain(*train), 10, draw)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     stops = reinforce(network, task(*train), 40, lr, draw)
     inputs = task(*train)[0]
@@ -142,7 +142,8 @@ def run(seed: int, task: Callable[[Tensor, Tensor], Set], lr: float) -> tuple[Sc
         "equal ratios": list(front.equal),
         "adaptive ratios": list(front.adaptive),
     }
-    proxies = [tuple(trial.values["loss"] for trial in soup.history) for soup in front.soups]
+    plain_average = [combine([before, stops[-1]], [1 - mean, mean]) for mean in MEANS]
+    proxies = [(-chooser.score(w), soup.natural_score) for w, soup in zip(plain_average, front.soups, strict=True)]
     learned = [[row[1] for row in soup.coefficients.values()] for soup in front.soups]
     return curves, proxies, learned
 
@@ -191,12 +192,10 @@ def claims(runs: list[tuple[Scores, list[Point], list[list[float]]]]) -> list[tu
                 at_reward(curves["equal ratios"], share * top) - at_reward(curves["early stopping"], share * top)
             )
         ahead += min(gaps[-4:]) > 0
-    text = (
-        f"at 80 to 95 % of the reward the plain average keeps more than early stopping in {ahead} of {len(runs)} seeds"
-    )
+    text = f"at 80 to 95 % of the reward equal ratios keep more than early stopping in {ahead} of {len(runs)} seeds"
     found = [(f"{text} ({100 * statistics.mean(gaps):+.1f} points)", ahead == len(runs))]
-    lower = all(learned <= equal for _, proxies, _ in runs for equal, learned in proxies)
-    found.append(("the proxy loss at learned ratios is that at equal ones or less, for every mean and seed", lower))
+    lower = all(result <= equal + 1e-6 for _, proxies, _ in runs for equal, result in proxies)
+    found.append(("the proxy loss of the result is that of equal ratios or less, for every mean and seed", lower))
     gains = {}
     for mean in TOLD:
         place = MEANS.index(mean)

@@ -1,7 +1,6 @@
 """Choosing the size of test images on held-out data (MindVL's test-time resolution search)."""
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from lightning_soup.evaluation.resolution_table import (
     mean_score,
 )
 from lightning_soup.evaluation.sized_images import HeldOut, SizedImages, images_of
-from lightning_soup.evaluation.sized_modules import at_size, rehearse, vision_model
+from lightning_soup.evaluation.sized_modules import Clock, at_size, rehearse, vision_model
 from lightning_soup.progress import Progress, silent
 from lightning_soup.weights.weights_file import open_checkpoint
 
@@ -195,12 +194,11 @@ class ResolutionSearch:
         else:
             patch = patch_of(vision_model(module))
             groups = images.within(*candidate.bounds, self.factor or (patch[0] if patch else 28))
-        began, outcomes, tokens = time.perf_counter(), [], 0
+        clock, outcomes, tokens = Clock(), [], 0
         for size, batches in groups.items():
-            with at_size(module, size) as model:
+            with at_size(module, size) as model, clock.on(*{module, model}):
                 outcomes.append(OwnLoops(module, images.datamodule, device, precision).outcome(batches))
                 tokens += tokens_of(model, size) * len(outcomes[-1].targets)
-        seconds = time.perf_counter() - began
         outcome = Outcome(torch.cat([one.logits for one in outcomes]), torch.cat([one.targets for one in outcomes]))
         count, value = len(outcome.targets), self._value(outcome)
         if math.isnan(value):
@@ -209,7 +207,7 @@ class ResolutionSearch:
                 "Check the weights and the data."
             )
         error = math.sqrt(value * (1 - value) / count) if self.metric == "acc" else float("nan")
-        return SizeScore(value, error, tokens / count, seconds / count, count)
+        return SizeScore(value, error, tokens / count, clock.seconds / count, count)
 
     def _value(self, outcome: Outcome) -> float:
         if outcome.logits.isnan().any():

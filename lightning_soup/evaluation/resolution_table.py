@@ -41,7 +41,7 @@ class SizeScore:
         metric: The metric's own value.
         error: Standard error of an accuracy, √(a(1−a)/n); NaN of other metrics.
         tokens: Per image, on average.
-        seconds: Per image, with the preparation of images.
+        seconds: Of the network, per image.
         images: n.
     """
 

@@ -1,7 +1,9 @@
 """Letting a module take images of another size for a while."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,7 +12,7 @@ from torch import nn
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation.image_sizes import timm_at_size
 
-__all__ = ["at_size", "rehearse", "vision_model"]
+__all__ = ["Clock", "at_size", "rehearse", "vision_model"]
 
 
 def vision_model(module: LightningModule) -> nn.Module:
@@ -36,6 +38,47 @@ def at_size(module: LightningModule, size: tuple[int, int]) -> Iterator[nn.Modul
         yield changed
     finally:
         module.model = own
+
+
+class Clock:
+    """How long a network has worked.
+
+    Attributes:
+        seconds: In all.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def on(self, *networks: nn.Module) -> Iterator[None]:
+        """Count the time that networks take within the block, on a GPU until it has ended its work.
+
+        Of a network within another one the time counts once.
+        """
+        began: list[float] = []
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            began.append(_now(inputs))
+
+        def after(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            start = began.pop()
+            if not began:
+                self.seconds += _now(inputs) - start
+
+        hooks = [network.register_forward_pre_hook(before) for network in networks]
+        hooks += [network.register_forward_hook(after) for network in networks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _now(inputs: tuple[Any, ...]) -> float:
+    if inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].is_cuda:
+        torch.cuda.synchronize(inputs[0].device)
+    return time.perf_counter()
 
 
 def rehearse(module: LightningModule, size: tuple[int, int], channels: int) -> None:

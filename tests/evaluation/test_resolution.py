@@ -114,6 +114,7 @@ def test_each_size_is_that_of_a_model_built_for_it():
         assert score.metric == pytest.approx(accuracy(module, data, candidate.size[0]))
         assert score.tokens == (candidate.size[0] // 4) ** 2 + 1
         assert score.images == 20
+        assert 0 < score.seconds < 1
         assert score.error == pytest.approx(math.sqrt(score.metric * (1 - score.metric) / 20))
     assert found.train == square(16)
     assert found.selection_split == "val"
@@ -300,6 +301,7 @@ def test_a_clip_classifier():
     data = DataLoader(TensorDataset(torch.rand(9, 3, 16, 16), torch.arange(9) % 3), 4)
     found = ResolutionSearch(sizes=[12, 24]).run(module, data)
     assert [score.tokens for score in found.scores["val"].values()] == [10, 37, 17]
+    assert all(score.seconds > 0 for score in found.scores["val"].values())
     assert module.model is own
 
 
