@@ -1,13 +1,16 @@
 """ImageClassifier: fine-tuning any timm model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.classification import ClassificationModule, check_ranges
-from lightning_soup.modules.initial_weights import load_initial_weights
+from lightning_soup.modules.initial_weights import head_layers, load_initial_weights
+from lightning_soup.modules.lora import LoRA, add_lora, config_in
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
+from lightning_soup.weights.formats import ADAPTER_KEY
 
 __all__ = ["ImageClassifier"]
 
@@ -42,10 +45,13 @@ class ImageClassifier(ClassificationModule):
         layer_decay: Each layer learns this factor slower than the one above it (0.65 to 0.9 for ViTs). None: all alike.
         label_smoothing: Share of the target spread over all classes, in training only.
         mixup: α of mixup (Zhang et al. 2018): pairs of images are blended with λ ~ Beta(α, α). 0: none.
+        lora: Train low-rank adapters and the head only, by peft: ``{r: 8, alpha: 16, targets: [qkv]}``. ``self.model``
+            is then a ``PeftModel``.
 
     Raises:
         UnsupportedSetup: timm does not know the model or its arguments, a value is out of range, or the checkpoint does
-            not fit the model.
+            not fit the model, or ``lora`` does not.
+        MissingExtra: ``lora`` is given, and peft is not installed.
         UnreadableCheckpoint: ``checkpoint_path`` cannot be opened.
     """
 
@@ -69,6 +75,7 @@ class ImageClassifier(ClassificationModule):
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        lora: LoRA | None = None,
     ):
         super().__init__()
         if num_classes < 2:
@@ -78,7 +85,11 @@ class ImageClassifier(ClassificationModule):
                 f"pretrained=True and checkpoint_path={checkpoint_path!r} both say where to start from: give one."
             )
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup, layer_decay)
-        self.save_hyperparameters()
+        if lora is not None and layer_decay is not None:
+            raise UnsupportedSetup(f"layer_decay={layer_decay} is for training all layers; leave it out beside lora.")
+        self.save_hyperparameters(ignore=["lora"])
+        lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
+        self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
         # What the starting weights do not bring, the head for new classes, is drawn from a seed of its own: runs that
         # are seeded apart must still start from one point, or their average is of no use.
         fixed = head_seed if pretrained or reset_head else None
@@ -95,9 +106,17 @@ class ImageClassifier(ClassificationModule):
             )
         if checkpoint_path:
             load_initial_weights(self.model, checkpoint_path, reset_head)
+        if lora is not None:
+            self.model = add_lora(self.model, lora, head_layers(self.model))
         # Loggers show where training started (they read the initial hyperparameters), but what a checkpoint holds are
         # its own weights: restoring it must neither read the old file again nor download.
         self.hparams.update(pretrained=False, checkpoint_path=None, reset_head=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say also how an adapter is configured, so that it can be taken out of the file."""
+        super().on_save_checkpoint(checkpoint)
+        if self.hparams.lora is not None:
+            checkpoint[ADAPTER_KEY] = config_in(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, C, H, W]``."""
