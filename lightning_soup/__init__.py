@@ -40,7 +40,7 @@ _ROOMS = {
         "paired_bootstrap",
     ),
     "lightning_soup.layers": ("convert_to_dense", "use_experts"),
-    "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "ZSCL"),
+    "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "LoRA", "ZSCL"),
     "lightning_soup.recipes": (
         "GreedySoup",
         "Ingredient",

@@ -15,7 +15,7 @@ from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.callbacks.training_loss import TrainingLoss, WeighBy
 from lightning_soup.callbacks.window_files import PATTERN, WindowFiles, adapter_tensors, record_adapter
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.modules.lora import config_in, peft_model_in
 from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import MetricsWeightedSoup, Soup
@@ -237,7 +237,12 @@ class MetricsWeightedAveraging(Callback):
         if self._files is None or not (self._trained or trainer.ckpt_path):
             return
         ingredients, gone = self._files.ingredients()
-        gone = trainer.strategy.broadcast(gone)
+        seen = [item.name for item in ingredients]
+        if not trainer.strategy.reduce_boolean_decision(trainer.strategy.broadcast(seen) == seen, all=True):
+            raise LightningSoupError(
+                f"MetricsWeightedAveraging: rank {trainer.global_rank} sees {len(seen)} checkpoints in "
+                f"{self._files.folder}, and another rank others. Put them on a disk that all ranks share (dirpath)."
+            )
         if gone:
             rank_zero_warn(f"MetricsWeightedAveraging: {', '.join(gone[:3])} is gone, and will not be in the soup.")
         if not ingredients:

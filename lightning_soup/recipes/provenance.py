@@ -156,7 +156,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             record["merging"]["base"]["source"] = _relative(open_checkpoint(merging.base), target.parent)
     sources, coefficients = with_statistics(opened, record["coefficients"], _recorded_statistics(original, record))
     if merging is not None:
-        sources, coefficients = merging.terms(sources, coefficients)
+        sources, coefficients = merging.terms(sources, coefficients, progress)
     kept = {"like": like, "provenance": record}
     if repruned is not None:
         weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)

@@ -241,7 +241,7 @@ class Soup:
         from lightning_soup.recipes.provenance import provenance_of
 
         path = user_path(path)
-        sources, coefficients = self._terms()
+        sources, coefficients = self._terms(progress)
         first = self._sources[0] if self.merging is None else sources[0]
         kept = {"like": like or first, "provenance": provenance_of(self, path.parent)}
         if self.repruned is not None:  # by a threshold over all tensors, which are held for it
@@ -285,9 +285,9 @@ class Soup:
     def _sources(self) -> list[WeightsFile]:
         return [ingredient.weights for ingredient in self.ingredients]
 
-    def _terms(self) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
+    def _terms(self, progress: Progress = silent) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
         sources, coefficients = with_statistics(self._sources, self.coefficients, self.statistics)
-        return (sources, coefficients) if self.merging is None else self.merging.terms(sources, coefficients)
+        return (sources, coefficients) if self.merging is None else self.merging.terms(sources, coefficients, progress)
 
 
 def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str], selection: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ def training_record(folder: Path) -> dict[str, float]:
         folder: Where the checkpoint lies.
 
     Raises:
-        UnreadableCheckpoint: A file is not what its name says.
+        UnreadableCheckpoint: ``trainer_state.json`` is damaged.
     """
     if not folder.is_dir():
         return {}
     if (folder / METRICS_NAME).is_file():
-        return {name: float(value) for name, value in _json(folder / METRICS_NAME).items() if _is_number(value)}
+        with suppress(UnreadableCheckpoint):  # another program's file may have this name
+            return {name: float(value) for name, value in _json(folder / METRICS_NAME).items() if _is_number(value)}
     if (folder / _TRAINER_STATE).is_file():
         return _from_trainer(folder, _json(folder / _TRAINER_STATE))
     return {}

@@ -72,7 +72,9 @@ class AdapterMerging:
             needed = "needs base, a checkpoint of the model that was adapted" if self.base is None else "takes no base"
             raise RecipeError(f"merge={self.mode!r} {needed}. Base and merge='dense' go together.")
 
-    def terms(self, adapters: Sequence[WeightsFile], coefficients: Row | dict[str, Row]) -> Terms:
+    def terms(
+        self, adapters: Sequence[WeightsFile], coefficients: Row | dict[str, Row], progress: Progress = silent
+    ) -> Terms:
         """What to combine, and with which coefficients, to have the merged weights.
 
         One adapter with weight 1 alone is itself, bit by bit, in all modes that end in an adapter.
@@ -80,6 +82,7 @@ class AdapterMerging:
         Args:
             adapters: Opened adapters that :func:`.check_adapters` has let pass.
             coefficients: One number wᵢ for each; by tensor in ``"factor"`` only.
+            progress: Shows how far it is, layer by layer.
 
         Raises:
             RecipeError: Coefficients by tensor in another mode, or none that is not zero.
@@ -95,10 +98,10 @@ class AdapterMerging:
         files, weights = [adapter for adapter, _ in used], tuple(w for _, w in used)
         rest = _means(files, weights)
         if self.base is not None:
-            return dense_terms(open_checkpoint(self.base), files, weights, rest)
+            return dense_terms(open_checkpoint(self.base), files, weights, rest, progress)
         if weights == (1.0,) and (self.rank is None or {x.rank for x in layers_of(files[0]).values()} == {self.rank}):
             return files, weights
-        return [_merged(files, weights, rest, self.mode, self.rank)], (1.0,)
+        return [_merged(files, weights, rest, self.mode, self.rank, progress)], (1.0,)
 
 
 def _means(adapters: Sequence[WeightsFile], weights: Row) -> dict[str, Tensor]:
@@ -123,12 +126,13 @@ def _merged(
     rest: Mapping[str, Tensor],
     mode: MergeMode,
     rank: int | None,
+    progress: Progress,
 ) -> WeightsFile:
     """A new adapter of scaling 1, whose products are the weighted sums of the others'."""
     tensors: dict[str, StoredTensor] = {name: MemoryTensor(value) for name, value in rest.items()}
     layers = [layers_of(adapter) for adapter in adapters]
     ranks, lost, total = {}, 0.0, 0.0
-    for module, first in layers[0].items():
+    for module, first in progress(layers[0].items(), "merging layers", len(layers[0])):
         own = [layer[module] for layer in layers]
         factors = [layer.matrices(adapter) for layer, adapter in zip(own, adapters, strict=True)]
         left, right = stack([(w * s, a, b) for w, (s, a, b) in zip(weights, factors, strict=True)])

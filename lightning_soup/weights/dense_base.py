@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_soup.errors import IncompatibleIngredients
+from lightning_soup.progress import Progress, silent
 from lightning_soup.weights.adapters import PREFIX, LoraLayer, config_of, holds_adapter, layers_of
 from lightning_soup.weights.formats import ADAPTER_KEY
 from lightning_soup.weights.low_rank import ProductTensor, row_norms, stack
@@ -19,7 +20,11 @@ Row = tuple[float, ...]
 
 
 def dense_terms(
-    base: WeightsFile, adapters: Sequence[WeightsFile], weights: Row, rest: Mapping[str, Tensor]
+    base: WeightsFile,
+    adapters: Sequence[WeightsFile],
+    weights: Row,
+    rest: Mapping[str, Tensor],
+    progress: Progress = silent,
 ) -> tuple[list[WeightsFile], dict[str, Row]]:
     """What to combine for the base model with Σ wᵢ·ΔWᵢ added to it.
 
@@ -31,6 +36,7 @@ def dense_terms(
         adapters: Opened LoRA adapters of the same layers.
         weights: wᵢ.
         rest: Means of their other tensors: heads and biases, which take the place of the base's.
+        progress: Shows how far it is, layer by layer.
 
     Returns:
         The base and the update, and their coefficients by tensor.
@@ -48,7 +54,7 @@ def dense_terms(
             kept[target] = value.to(base.specs[target].dtype) if target in base else value
     base = base.replaced(kept)
     updates: dict[str, StoredTensor] = {}
-    for module, first in layers[0].items():
+    for module, first in progress(layers[0].items(), "merging layers", len(layers[0])):
         name = f"{prefix}{module}.weight"
         own = [layer[module] for layer in layers]
         updates[name] = _update(base.tensors[name], name, adapters, own, weights)

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Subset
 
 from lightning_soup.callbacks import MetricsWeightedAveraging
-from lightning_soup.errors import RecipeError, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
 from lightning_soup.recipes import MetricsWeightedSoup, gather_ingredients, recook
 from lightning_soup.recipes.metrics_weighted import metric_weights
 from lightning_soup.weights import combine, open_checkpoint
@@ -368,6 +368,26 @@ def test_two_ranks_share_one_loss_and_one_result(tmp_path, kind):
     saved = open_checkpoint(first[2])
     if not is_adapter(saved):
         assert all((saved[name].numpy() == value).all() for name, value in first[3].items())
+
+
+def blind_rank(tmp_path):
+    class Blind(MetricsWeightedAveraging):
+        def on_train_end(self, trainer, pl_module):
+            if trainer.global_rank == 1:  # as if its disk were another one
+                self._files.folder = tmp_path / "elsewhere"
+                self._files.kept = [(str(tmp_path / "elsewhere" / "step=3"), values) for _, values in self._files.kept]
+
+    try:
+        fit(tmp_path, Blind(3, recipe(2)), devices=2, strategy="ddp")
+    except LightningSoupError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_without_a_common_disk_do_not_wait_for_one_another(tmp_path):
+    first, second = run_on_two_ranks(blind_rank, tmp_path)
+    assert "rank 0 sees 2 checkpoints" in first
+    assert "rank 1 sees 0 checkpoints" in second
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lightning_soup.cli.soup_cli import SoupCLI
-from lightning_soup.errors import MissingExtra, UnsupportedSetup
+from lightning_soup.errors import MissingExtra, UnreadableCheckpoint, UnsupportedSetup
 from lightning_soup.modules import ImageClassifier
 from lightning_soup.modules.lora import LoRA, config_in, peft_model_in
-from lightning_soup.recipes import MetricsWeightedSoup, UniformSoup
+from lightning_soup.recipes import MetricsWeightedSoup, UniformSoup, recook
 from lightning_soup.weights import open_checkpoint
 from lightning_soup.weights.adapters import adapter_in, layers_of
+from tests.helpers.adapters import updates
 from tests.helpers.trainers import quiet_trainer
 from tests.modules.test_classifier import TINY, Shapes
 
@@ -58,6 +59,21 @@ def test_the_merged_base_is_a_plain_classifier(tmp_path):
     merged = [module.model.merge_and_unload().state_dict() for module in modules]
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(value, (merged[0][name] + merged[1][name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_are_taken_out_of_whole_checkpoints(tmp_path):
+    files = [tmp_path / "0.ckpt", tmp_path / "1.ckpt"]
+    fitted(tmp_path, 0), fitted(tmp_path, 1)
+    path = MetricsWeightedSoup("step", merge="exact").cook(files).save(tmp_path / "merged")
+    merged, parts = open_checkpoint(path), [adapter_in(open_checkpoint(file)) for file in files]
+    for name, update in updates(merged).items():
+        mean = (updates(parts[0])[name] + updates(parts[1])[name]) / 2
+        torch.testing.assert_close(update, mean, rtol=1e-4, atol=1e-6)
+    assert open_checkpoint(recook(path)).digest() == merged.digest()
+    with pytest.raises(UnreadableCheckpoint, match="does not say how its adapter was configured"):
+        adapter_in(open_checkpoint(dict(open_checkpoint(files[0]))))
+    with pytest.raises(UnreadableCheckpoint, match="holds no adapter 'other'"):
+        adapter_in(open_checkpoint(files[0]), name="other")
 
 
 def test_whole_checkpoints_are_souped_with_their_adapters(tmp_path):
