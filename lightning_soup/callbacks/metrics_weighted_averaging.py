@@ -42,9 +42,8 @@ class MetricsWeightedAveraging(Callback):
         recipe: How checkpoints are weighted and merged; :class:`.MetricsWeightedSoup` over the last 10 by default.
         weigh_by: What a batch counts for in the mean loss: its ``"samples"``, its ``"tokens"`` (``labels`` other than
             -100, or else the ``attention_mask``, of a batch that is a mapping), or as one, ``"batches"``.
-        leave: What the module holds afterwards: ``"soup"``, or the ``"live"`` weights that training ended with. An
-            adapter that is not merged by its factors has another rank than the module's, so that this keeps its live
-            one.
+        leave: What the module holds afterwards: ``"soup"``, or the ``"live"`` weights that training ended with. A
+            merged adapter that does not fit the module (all but ``"factor"``) is in its folder only.
         dirpath: Folder of the checkpoints and the result; by default ``mwa`` in the run's folder.
         filename: Name of the result: of a folder for an adapter, and with ``.ckpt`` for whole models.
 

@@ -48,11 +48,10 @@ class MetricsWeightedSoup(Recipe):
         penalty: The penalty factor p.
         scheme: How weights follow from the metric.
         window: N, the last so many checkpoints, by step where steps are known; all by default.
-        stride: Take every so-manieth checkpoint only, counted back from the last.
+        stride: Take every ``stride``-th checkpoint only, counted back from the last.
         merge: How PEFT adapters are merged, see :class:`.AdapterMerging`: ``"factor"`` (their default; for checkpoints
             of one run), ``"exact"``, ``"svd"`` or ``"dense"``. Of checkpoints of whole models the adapters in them are
-            taken.
-            None: adapters by their factors, all else tensor by tensor.
+            taken then. None: adapters by their factors, all else tensor by tensor.
         rank: Rank of ``"svd"``; the largest of the adapters' own by default.
         base: The model that ``"dense"`` adds to, a checkpoint of any format.
         common_start: ``"require"`` refuses checkpoints of different runs, ``"ignore"`` takes your word that they are of

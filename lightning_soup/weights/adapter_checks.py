@@ -24,6 +24,7 @@ _NOT_A_PRODUCT = (
     "velora_config",
     "target_parameters",
 )
+_NOT_IN_THE_BASE = ("alora_invocation_tokens", "layer_replication", "trainable_token_indices")
 
 
 def check_adapters(adapters: Sequence[WeightsFile], mode: MergeMode, one_run: Literal["require", "ignore"]) -> None:
@@ -128,14 +129,12 @@ def _same_layers(adapters: Sequence[WeightsFile]) -> None:
     first = layers_of(adapters[0])
     for adapter in adapters[1:]:
         for module, layer in layers_of(adapter).items():
-            for ours, theirs, fixed in ((first[module].a, layer.a, 1), (first[module].b, layer.b, 0)):
-                a, b = adapters[0].specs[ours].shape, adapter.specs[theirs].shape
-                if ours != theirs or (a[fixed:] if fixed else (a[0], *a[2:])) != (
-                    b[fixed:] if fixed else (b[0], *b[2:])
-                ):
+            for ours, theirs, ranked in ((first[module].a, layer.a, 0), (first[module].b, layer.b, 1)):
+                a, b = list(adapters[0].specs[ours].shape), list(adapter.specs[theirs].shape)
+                if ours != theirs or a[:ranked] + a[ranked + 1 :] != b[:ranked] + b[ranked + 1 :]:
                     raise IncompatibleIngredients(
-                        f"{module}: {ours} is {list(a)} in {adapters[0].label}, {theirs} {list(b)} in {adapter.label}. "
-                        "The adapters are of different base models."
+                        f"{module}: {ours} is {a} in {adapters[0].label}, {theirs} is {b} in {adapter.label}. The "
+                        "adapters are of different base models."
                     )
 
 
@@ -164,10 +163,10 @@ def _check_product(adapter: WeightsFile, mode: MergeMode) -> None:
             f"that merge={mode!r} would not fit it. Use merge='factor' for checkpoints of one run, or convert each to "
             "a plain LoRA first (save_pretrained(path_initial_model_for_weight_conversion=…))."
         )
-    for key in (*_NOT_A_PRODUCT, *(("alora_invocation_tokens", "layer_replication") if mode == "dense" else ())):
+    for key in (*_NOT_A_PRODUCT, *(_NOT_IN_THE_BASE if mode == "dense" else ())):
         if config.get(key):
             raise IncompatibleIngredients(
-                f"{adapter.label}: {key}={config[key]!r} makes its update another one than s·B·A on all inputs, so "
+                f"{adapter.label}: {key}={config[key]!r} makes its update another one than s·B·A of all inputs, so "
                 f"merge={mode!r} would be wrong. Use merge='factor' for checkpoints of one run."
             )
 

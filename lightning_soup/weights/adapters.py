@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_soup.errors import UnreadableCheckpoint
+from lightning_soup.errors import NonFiniteWeights, UnreadableCheckpoint
 from lightning_soup.weights.formats import ADAPTER_KEY
 from lightning_soup.weights.stored_tensor import StoredTensor
 from lightning_soup.weights.weights_file import WeightsFile
@@ -66,7 +66,17 @@ class LoraLayer:
         return (self.a, self.b, *([self.bias] if self.bias else []))
 
     def matrices(self, adapter: WeightsFile) -> tuple[float, Tensor, Tensor]:
-        """s, A ``[r, in]`` and B ``[out, r]`` in an adapter, kernels of convolutions taken as part of ``in``."""
+        """s, A ``[r, in]`` and B ``[out, r]`` in an adapter, kernels of convolutions taken as part of ``in``.
+
+        Raises:
+            NonFiniteWeights: One holds a NaN or an infinity.
+        """
+        for name in (self.a, self.b):
+            if not adapter[name].isfinite().all():
+                raise NonFiniteWeights(
+                    f"{adapter.label}: tensor {name!r} ({adapter.specs[name]}) holds NaN or an infinity. Leave this "
+                    "checkpoint out or train it again."
+                )
         return self.scaling, adapter[self.a].flatten(1), adapter[self.b].flatten(1)
 
 

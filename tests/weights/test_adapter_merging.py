@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_soup.errors import IncompatibleIngredients, RecipeError, UnreadableCheckpoint, UnwritableOutput
+from lightning_soup.errors import (
+    IncompatibleIngredients,
+    NonFiniteWeights,
+    RecipeError,
+    UnreadableCheckpoint,
+    UnwritableOutput,
+)
 from lightning_soup.weights import combine, open_checkpoint
 from lightning_soup.weights.adapter_checks import check_adapters
 from lightning_soup.weights.adapter_merging import AdapterMerging, save_adapter
@@ -265,6 +271,7 @@ def pair(tmp_path, first=None, second=None, **both):
         ({"lora_alpha": 2}, {}, "factor", r"scalings alpha/r of layer: 2.0 in x, 1.0 in y.*use merge='exact'"),
         ({"init_lora_weights": "pissa"}, {}, "factor", "initialisations that change the base: pissa in x, None in y"),
         ({"init_lora_weights": "olora"}, {"init_lora_weights": "olora"}, "svd", "'olora' changes the base"),
+        (*[{"trainable_token_indices": [1]}] * 2, "dense", "trainable_token_indices=.* makes its update another one"),
         ({"use_qalora": True}, {}, "exact", "use_qalora=True makes its update another one"),
         ({"peft_type": "IA3"}, {"peft_type": "IA3"}, "exact", "merge='exact' is for LoRA, this is IA3"),
     ],
@@ -348,6 +355,11 @@ def test_folders_are_written_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(Exception, match="holds NaN"):
         save_adapter([files[0], open_checkpoint(broken)], (0.5, 0.5), target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    for mode in ("exact", "svd"):
+        with pytest.raises(
+            NonFiniteWeights, match=r"nan: tensor 'base_model\.model\.layer\.lora_A\.weight'.*holds NaN"
+        ):
+            AdapterMerging(mode).terms([files[0], open_checkpoint(broken)], (0.5, 0.5))
     save_adapter(files, (1.0, 0.0), target)  # an earlier one is replaced
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan", "out", "x", "y"]
     (target / "notes.txt").write_text("mine")

@@ -155,8 +155,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
                 assert (target / "a.txt").read_text() == "old"
     assert (target / "a.txt").read_text() == "new"
     with pytest.raises(ValueError, match="stop"), atomic_folder(target, files=["a.txt"]) as temporary:
-        (temporary / "a.txt").write_text("half")
-        raise ValueError("stop")
+        fail_after_writing(temporary / "a.txt", ValueError("stop"))
     assert (target / "a.txt").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
