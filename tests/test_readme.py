@@ -5,6 +5,7 @@ Where a new snippet presupposes something (a name, a file), add it to :func:`pre
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from lightning_soup.cli.sweep_check import check_settings
 from lightning_soup.data.transforms import Preprocessing
 from lightning_soup.runs.sweep_file import read_sweep_file
 from lightning_soup.weights import combine, open_checkpoint
+from tests.helpers.adapters import write_adapter
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.ingredients import tiny_run
 
@@ -80,6 +82,11 @@ def runs(tmp_path, monkeypatch):
         path = tmp_path / f"runs/{name}/0/last.ckpt"
         path.parent.mkdir(parents=True)
         torch.save(timm.create_model(model, num_classes=10).state_dict(), path)
+    for step in (40, 80):
+        adapter = {"layer": (torch.ones(2, 4) + step / 1000, torch.full((3, 2), step / 100))}
+        folder = write_adapter(tmp_path / f"runs/lora/checkpoint-{step}", adapter)
+        state = {"global_step": step, "log_history": [{"step": step, "loss": 1 / step}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
     for folder in ("configs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from lightning_soup.callbacks.model_soup_checks import (
     check_writable_on_rank_zero,
     checkpoint_callback,
 )
+from lightning_soup.callbacks.rank_zero_files import on_rank_zero
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation.evaluator import direction
@@ -292,18 +293,7 @@ class ModelSoup(Callback):
     def _save(self, trainer: Trainer, soup: Soup) -> Path:
         """Write on rank 0; a failure there is raised on every rank, so that none waits for the others."""
         path = self._folder(trainer) / self.filename
-        error: LightningSoupError | None = None
-        if trainer.is_global_zero:
-            try:
-                soup.save(path)
-            except LightningSoupError as caught:
-                error = caught
-            except Exception as caught:
-                error = LightningSoupError(f"{path}: the soup was not saved ({type(caught).__name__}: {caught}).")
-        error = trainer.strategy.broadcast(error)
-        if error is not None:
-            raise error
-        return path
+        return on_rank_zero(trainer, lambda: soup.save(path), f"{path}: the soup was not saved")
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.dirpath is not None:

@@ -1,6 +1,5 @@
 """The files of a sparse soup: the start of each cycle, its copies, and its soups."""
 
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_soup.callbacks.rank_zero_files import folder_of_fit, on_rank_zero, weights_of_fit
 from lightning_soup.errors import LightningSoupError
 from lightning_soup.layers.costs import layer_costs, write_costs
 from lightning_soup.layers.masks import Masks
 from lightning_soup.recipes import Soup
 from lightning_soup.runs.figures_sparse import curves_of, sparse_picture
-from lightning_soup.runs.tracking import folder_of_run
-from lightning_soup.weights.atomic import atomic_path, user_path
+from lightning_soup.weights.atomic import atomic_path
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.weights_file import WeightsFile, metric_prefixes, open_checkpoint
 
@@ -44,10 +43,7 @@ class CycleFiles:
 
     def write(self, trainer: Trainer, name: str) -> None:
         """Save the module's weights, on rank 0; a failure is raised on every rank."""
-        # Not by trainer.save_checkpoint: it may write later (AsyncCheckpointIO), ranks would wait for one that failed,
-        # and what a module makes of its files (on_save_checkpoint) does not fit it without the way back.
-        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-        content["state_dict"] = trainer.strategy.lightning_module_state_dict()
+        content = weights_of_fit(trainer)
 
         def save(path: Path) -> None:
             with atomic_path(path) as temporary:
@@ -60,19 +56,13 @@ class CycleFiles:
         self._write(trainer, name, soup.save)
 
     def _write(self, trainer: Trainer, name: str, save: Callable[[Path], object]) -> None:
-        path, error, found = self.path(name), None, None
-        if trainer.is_global_zero:
-            try:
-                save(path)
-                found = [str(path.absolute()), open_checkpoint(path).digest()]
-            except LightningSoupError as caught:
-                error = caught
-            except Exception as caught:
-                error = LightningSoupError(f"{path} was not written ({type(caught).__name__}: {caught}).")
-        error, found = trainer.strategy.broadcast((error, found))
-        if error is not None:
-            raise error
-        self._known[name] = found
+        path = self.path(name)
+
+        def work() -> list[str]:
+            save(path)
+            return [str(path.absolute()), open_checkpoint(path).digest()]
+
+        self._known[name] = on_rank_zero(trainer, work, f"{path} was not written")
 
     def write_report(self, trainer: Trainer, masks: Masks, records: Sequence[Mapping[str, Any]], metric: str) -> None:
         """Write the masks, for :class:`.SparsityMask`, what is left of each layer, and a picture, on rank 0.
@@ -138,34 +128,16 @@ class CycleFiles:
 
 
 def folder_of(trainer: Trainer, dirpath: str | None, resumed: bool, known: dict[str, list[str]]) -> Path:
-    """Where the files of a fit go, the same on every rank.
+    """Where the files of a fit go, the same on every rank; see :func:`.folder_of_fit`.
 
     Args:
         trainer: The Trainer.
-        dirpath: What the user gave. None: ``sparse_soup`` beside where ModelCheckpoint puts its own by default, in the
-            run's folder. Where there is no such folder (no logger), fits get one each: ``sparse_soup-v1``.
+        dirpath: What the user gave. None: ``sparse_soup`` in the run's folder.
         resumed: Whether the fit goes on from a checkpoint, whose files may be there.
         known: The files of that checkpoint.
     """
-    given = user_path(dirpath) if dirpath else folder_of_run(trainer) / "sparse_soup"
-    if dirpath:
-        if not resumed and trainer.is_global_zero and _taken(given):
-            rank_zero_warn(
-                f"SparseModelSoup: {given} has files of another fit, which this one writes over. Give each fit a "
-                "dirpath of its own to keep them."
-            )
-    elif trainer.is_global_zero:
-        own = [folder for folder in (Path(path).parent for path, _ in known.values()) if folder.exists()]
-        own = [folder for folder in own if folder.parent == given.absolute().parent]
-        names = (given.with_name(f"{given.name}-v{number}") for number in itertools.count(1))
-        given = next(
-            folder for folder in itertools.chain(own[-1:], [given], names) if folder in own or not _taken(folder)
-        )
-    return Path(trainer.strategy.broadcast(str(given)))
-
-
-def _taken(folder: Path) -> bool:
-    return any(folder.glob("cycle=*.ckpt"))
+    paths = [path for path, _ in known.values()]
+    return folder_of_fit(trainer, "SparseModelSoup", "sparse_soup", "cycle=*.ckpt", dirpath, resumed, paths)
 
 
 def start_of(cycle: int) -> str:

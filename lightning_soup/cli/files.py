@@ -13,9 +13,9 @@ from lightning_soup.progress import rich_progress
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
 from lightning_soup.recipes import recook as cook_again
 from lightning_soup.recipes.interpolated import for_recipe
+from lightning_soup.recipes.recipe import check_soup_output
 from lightning_soup.weights import open_checkpoint
 from lightning_soup.weights.formats import EXPERTS_KEY
-from lightning_soup.weights.save import check_output
 
 if TYPE_CHECKING:
     from lightning_soup.weights import WeightsFile
@@ -39,7 +39,8 @@ def soup(
             ``wandb:entity/project/artifact:version``.
         recipe: How the coefficients are chosen; UniformSoup by default. Recipes that choose by score need --config or
             --model and --data.
-        output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient.
+        output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient. Of PEFT
+            adapters also the name of a folder, which PeftModel.from_pretrained loads.
         init: The weights that all ingredients started from, for InterpolatedSoup (WiSE-FT) and AdaptiveSoup (AMA).
         recalibrate: Estimate BatchNorm statistics anew on training data. Needs --config or --model and --data.
     """
@@ -48,10 +49,10 @@ def soup(
             "--recalibrate estimates BatchNorm statistics by passing training data through the model, and there is "
             "neither here. Give --config, or --model and --data; or go without --recalibrate."
         )
-    check_output(output)
     recipe = recipe or UniformSoup()
     start = None if init is None else Ingredient.from_path(init)
     used = for_recipe(recipe, gather_ingredients(ingredients, output=output), start)
+    check_soup_output(output, used)
     made = recipe.cook(used, progress=rich_progress)
     path = made.save(output, progress=rich_progress)
     console = Console()

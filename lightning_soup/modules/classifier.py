@@ -1,5 +1,6 @@
 """ImageClassifier: fine-tuning any timm model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,9 +9,11 @@ from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.image_sizes import patch_of, snapped, timm_at_size
 from lightning_soup.evaluation.sized_modules import rehearse
 from lightning_soup.modules.classification import Batch, ClassificationModule, check_ranges
-from lightning_soup.modules.initial_weights import load_initial_weights
+from lightning_soup.modules.initial_weights import head_layers, load_initial_weights
+from lightning_soup.modules.lora import LoRA, add_lora, config_in
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
 from lightning_soup.modules.train_sizes import TrainSizes
+from lightning_soup.weights.formats import ADAPTER_KEY
 
 __all__ = ["ImageClassifier"]
 
@@ -51,10 +54,13 @@ class ImageClassifier(ClassificationModule):
             square of the side, and that of attention with its fourth power. Validation is at the data's own size.
         token_budget: Most tokens of a step with ``train_sizes``, as a multiple of those of the batch at the data's own
             size: of larger sizes fewer images are taken. 1: no step costs more tokens than one without ``train_sizes``.
+        lora: Train low-rank adapters and the head only, by peft: ``{r: 8, alpha: 16, targets: [qkv]}``. ``self.model``
+            is then a ``PeftModel``.
 
     Raises:
         UnsupportedSetup: timm does not know the model or its arguments, a value is out of range, or the checkpoint does
-            not fit the model.
+            not fit the model, or ``lora`` does not.
+        MissingExtra: ``lora`` is given, and peft is not installed.
         UnreadableCheckpoint: ``checkpoint_path`` cannot be opened.
     """
 
@@ -80,6 +86,7 @@ class ImageClassifier(ClassificationModule):
         mixup: float = 0.0,
         train_sizes: list[int] | None = None,
         token_budget: float | None = None,
+        lora: LoRA | None = None,
     ):
         super().__init__()
         if num_classes < 2:
@@ -89,7 +96,11 @@ class ImageClassifier(ClassificationModule):
                 f"pretrained=True and checkpoint_path={checkpoint_path!r} both say where to start from: give one."
             )
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup, layer_decay)
-        self.save_hyperparameters()
+        if lora is not None and layer_decay is not None:
+            raise UnsupportedSetup(f"layer_decay={layer_decay} is for training all layers; leave it out beside lora.")
+        self.save_hyperparameters(ignore=["lora"])
+        lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
+        self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
         self.train_sizes = None if train_sizes is None else TrainSizes(train_sizes, token_budget)
         # What the starting weights do not bring, the head for new classes, is drawn from a seed of its own: runs that
         # are seeded apart must still start from one point, or their average is of no use.
@@ -110,9 +121,17 @@ class ImageClassifier(ClassificationModule):
             self._check_train_sizes()
         if checkpoint_path:
             load_initial_weights(self.model, checkpoint_path, reset_head)
+        if lora is not None:
+            self.model = add_lora(self.model, lora, head_layers(self.model))
         # Loggers show where training started (they read the initial hyperparameters), but what a checkpoint holds are
         # its own weights: restoring it must neither read the old file again nor download.
         self.hparams.update(pretrained=False, checkpoint_path=None, reset_head=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say also how an adapter is configured, so that it can be taken out of the file."""
+        super().on_save_checkpoint(checkpoint)
+        if self.hparams.lora is not None:
+            checkpoint[ADAPTER_KEY] = config_in(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, C, H, W]``."""

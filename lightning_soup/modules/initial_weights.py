@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
 from lightning_soup.weights.weights_file import open_checkpoint
 
-__all__ = ["load_initial_weights"]
+__all__ = ["head_layers", "load_initial_weights"]
 
 _PREFIX = "model."  # where the classifiers keep their timm or open_clip model
 _OPTIONS = "model_name, img_size, in_chans, model_args"
@@ -81,10 +81,14 @@ def load_initial_weights(
     model.load_state_dict(found, strict=False)
 
 
-def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+def head_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier's last layers, of timm models, which tell them."""
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return tuple(f"{layer}." for layer in layers)
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{layer}." for layer in head_layers(model))
 
 
 def _head_message(

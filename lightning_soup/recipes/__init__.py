@@ -7,6 +7,7 @@ from lightning_soup.recipes.ingredient import gather_ingredients as gather_ingre
 from lightning_soup.recipes.interpolated import InterpolatedSoup as InterpolatedSoup
 from lightning_soup.recipes.learned import LearnedSoup as LearnedSoup
 from lightning_soup.recipes.length_average import LengthAverage as LengthAverage
+from lightning_soup.recipes.metrics_weighted import MetricsWeightedSoup as MetricsWeightedSoup
 from lightning_soup.recipes.provenance import recook as recook
 from lightning_soup.recipes.recipe import Recipe as Recipe
 from lightning_soup.recipes.recipe import Soup as Soup

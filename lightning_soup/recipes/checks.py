@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator
 from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
+from lightning_soup.weights.adapter_checks import check_adapters, check_one_run
+from lightning_soup.weights.adapters import holds_adapter, is_adapter
 from lightning_soup.weights.compatibility import check_compatible, is_head
 from lightning_soup.weights.geometry import cosines
 from lightning_soup.weights.weights_file import Source, WeightsFile
@@ -53,14 +55,21 @@ def check_ingredients(
         raise RecipeError(
             f"a soup needs at least two ingredients, got {given}. Add checkpoints of other runs or steps."
         )
-    check_compatible([ingredient.weights for ingredient in found])
+    files = [item.weights for item in found]
+    adapters = any(map(is_adapter, files))
+    if adapters:
+        check_adapters(files, "factor", common_start)
+    else:
+        check_compatible(files)
     notes = [
         f"{item.name} is itself a soup ({item.weights.provenance.get('recipe')}). Is it meant to be an ingredient?"
         for item in found
         if item.weights.provenance
     ]
     notes += _duplicates(found)
-    if common_start == "require":
+    if common_start == "require" and not adapters:
+        if all(map(holds_adapter, files)):
+            check_one_run(files)
         notes += _unrelated(found)
     if one_mask:
         notes += _other_masks(found)

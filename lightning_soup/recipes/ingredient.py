@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_soup.errors import RecipeError, UnwritableOutput
+from lightning_soup.recipes.training_record import STEP, training_record
+from lightning_soup.weights.adapters import CONFIG_NAME
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
@@ -77,6 +79,7 @@ class Ingredient:
         file = recorded if recorded is not None and given.is_dir() else _file_of_run(given)
         if recorded is not None and file.resolve() != recorded.resolve():
             record = {**record, "metrics": {}}  # they are those of another file of the run
+        record = {**record, "metrics": {**record.get("metrics", {}), **training_record(file)}}
         return cls._from_metadata(open_checkpoint(file), str(file), label, record)
 
     @classmethod
@@ -84,8 +87,9 @@ class Ingredient:
         cls, opened: WeightsFile, source: str, label: str | None, record: Mapping[str, Any]
     ) -> "Ingredient":
         metrics = _monitored(opened) | {k: float(v) for k, v in record.get("metrics", {}).items()}
+        told = metrics.pop(STEP, None)
         hparams = record.get("setting") or opened.mapping_beside("hyper_parameters")
-        step = opened.metadata.get("global_step")
+        step = opened.metadata.get("global_step") if told is None else int(told)
         found = cls(source, metrics, step if isinstance(step, int) else None, hparams, label or opened.label)
         found.__dict__["weights"] = opened
         return found
@@ -145,12 +149,18 @@ def as_ingredients(ingredients: Sequence[Ingredient | Source | WeightsFile]) -> 
             f"expected a list of ingredients, got one {type(ingredients).__name__}. "
             "gather_ingredients() makes one from paths and patterns."
         )
-    found = [item if isinstance(item, Ingredient) else Ingredient(item) for item in ingredients]
+    found = [_as_ingredient(item) for item in ingredients]
     names = [item.name for item in found]
     return [
         replace_label(item, f"{name} ({i + 1})") if names.count(name) > 1 else item
         for i, (item, name) in enumerate(zip(found, names, strict=True))
     ]
+
+
+def _as_ingredient(item: Ingredient | Source | WeightsFile) -> Ingredient:
+    if isinstance(item, Ingredient):
+        return item
+    return Ingredient.from_path(item) if isinstance(item, (str, os.PathLike)) else Ingredient(item)
 
 
 def replace_label(ingredient: Ingredient, label: str) -> Ingredient:
@@ -174,7 +184,8 @@ def _is_earlier_soup(path: str, output: str | os.PathLike | None) -> bool:
 
 def _without_soups(matches: Sequence[str], pattern: str) -> list[str]:
     """Leave soups that lie among checkpoints, such as ModelSoup's own, out of what a pattern matches, and say so."""
-    soups = [match for match in matches if Path(match).is_file() and open_checkpoint(match).provenance is not None]
+    files = [match for match in matches if Path(match).is_file() or Path(match, CONFIG_NAME).is_file()]
+    soups = [match for match in files if open_checkpoint(match).provenance is not None]
     if not soups or len(soups) == len(matches):
         return list(matches)
     warnings.warn(

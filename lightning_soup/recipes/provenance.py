@@ -13,10 +13,12 @@ from lightning_soup import __version__
 from lightning_soup.errors import RecipeError
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.ingredient import refuse_overwriting
-from lightning_soup.recipes.recipe import Soup, reprune_, with_statistics
+from lightning_soup.recipes.recipe import Soup, reprune_, save_terms, with_statistics
+from lightning_soup.weights.adapter_merging import AdapterMerging
+from lightning_soup.weights.adapters import adapter_in, is_adapter
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.positions import Resampling, resampled
-from lightning_soup.weights.save import save_combination, save_weights
+from lightning_soup.weights.save import save_weights
 from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
         "notes": list(soup.notes),
         **_describe_repruned(soup.repruned),
         **({"resampled": {n: plan.plain() for n, plan in soup.resampled.items()}} if soup.resampled else {}),
+        **({"merging": _describe_merging(soup.merging, folder)} if soup.merging else {}),
         **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
@@ -64,6 +67,18 @@ def _describe_repruned(repruned: tuple[float, tuple[str, ...], str] | None) -> d
     return {"repruned": [share, list(names), selection]}
 
 
+def _describe_merging(merging: AdapterMerging, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"mode": merging.mode, "rank": merging.rank, "base": None}
+    if merging.base is not None:
+        base = open_checkpoint(merging.base)
+        found["base"] = {"label": base.label, "source": _relative(base, folder), "digest": base.digest()}
+    return found
+
+
+def _relative(opened: WeightsFile, folder: Path) -> str | None:
+    return None if opened.path is None else os.path.relpath(opened.path.resolve(), folder.resolve())
+
+
 def _describe_statistics(statistics: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"tensors": sorted(statistics), "digest": open_checkpoint(statistics).digest()}
 
@@ -73,7 +88,7 @@ def _describe(ingredient: "Ingredient", folder: Path) -> dict[str, Any]:
     source = str(ingredient.source)
     found: dict[str, Any] = {
         "label": ingredient.name,
-        "source": None if opened.path is None else os.path.relpath(opened.path.resolve(), folder.resolve()),
+        "source": _relative(opened, folder),
         "digest": opened.digest(),
         "step": ingredient.step,
         "metrics": {name: float(value) for name, value in ingredient.metrics.items()},
@@ -81,6 +96,8 @@ def _describe(ingredient: "Ingredient", folder: Path) -> dict[str, Any]:
     }
     if opened.left_out:
         found["left_out"] = list(opened.left_out)
+    if is_adapter(opened) and opened.path is not None and opened.path.is_file():
+        found["adapter"] = True  # taken out of a checkpoint of a whole model
     if source.startswith("wandb:"):
         found["artifact"] = source
     return found
@@ -129,6 +146,7 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     if problems:
         raise RecipeError(f"{path}: cannot be recooked.\n  " + "\n  ".join(problems))
     repruned, plans = _recorded_pruning(original, record), _recorded_resampling(original, record)
+    merging = _recorded_merging(original, record, folder)
     target = Path(output) if output is not None else original.path.with_suffix(f".recooked{original.path.suffix}")
     for file in (*opened, original):
         if file.path is not None:
@@ -136,16 +154,20 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     like = original if target.suffix != ".safetensors" else None
     if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
         for item, file in zip(record["ingredients"], opened, strict=True):
-            item["source"] = os.path.relpath(file.path.resolve(), target.parent.resolve()) if file.path else None
+            item["source"] = _relative(file, target.parent)
+        if merging is not None and merging.base is not None:
+            record["merging"]["base"]["source"] = _relative(open_checkpoint(merging.base), target.parent)
     alike = [resampled(file, i, plans) for i, file in enumerate(opened)]
     sources, coefficients = with_statistics(alike, record["coefficients"], _recorded_statistics(original, record))
+    if merging is not None:
+        sources, coefficients = merging.terms(sources, coefficients, progress)
     kept = {"like": like, "provenance": record}
     if repruned is not None:
         weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)
         reprune_(weights, *repruned)
         save_weights(weights, target, **kept)
     else:
-        save_combination(sources, coefficients, target, accumulate=record["accumulate"], progress=progress, **kept)
+        save_terms(sources, coefficients, target, accumulate=record["accumulate"], progress=progress, **kept)
     if open_checkpoint(target).digest() != original.digest():
         warnings.warn(
             f"{target}: the weights differ from those in {path}. The ingredients are the same, so {path} was changed "
@@ -183,6 +205,23 @@ def _recorded_resampling(original: WeightsFile, record: Mapping[str, Any]) -> di
         ) from error
 
 
+def _recorded_merging(original: WeightsFile, record: Mapping[str, Any], folder: Path) -> AdapterMerging | None:
+    """How adapters were merged, with the base that they were added to, if it has not changed."""
+    told = record.get("merging")
+    if not told:
+        return None
+    match told:
+        case {"mode": str(mode), "rank": int() | None as rank, "base": None}:
+            return AdapterMerging(mode, rank)  # type: ignore[arg-type]  # checked by itself
+        case {"mode": "dense", "rank": None, "base": {"label": str(), "source": str(source), "digest": str()} as base}:
+            _unchanged(base, folder)
+            return AdapterMerging("dense", None, str(folder / source))
+    raise RecipeError(
+        f"{original.path}: cannot be recooked. Its record of how adapters were merged is damaged: {str(told)[:100]}. "
+        "Cook the soup anew from its ingredients."
+    )
+
+
 def _recorded_statistics(original: WeightsFile, record: Mapping[str, Any]) -> dict[str, Tensor]:
     """The BatchNorm statistics that the soup holds and its ingredients cannot give."""
     told = record.get("statistics")
@@ -211,6 +250,7 @@ def _unchanged(item: Mapping[str, Any], folder: Path) -> WeightsFile:
     if isinstance(source, Path) and not source.exists():
         raise RecipeError(f"{item['label']}: {source} does not exist any more.")
     opened = open_checkpoint(source)
+    opened = adapter_in(opened) if item.get("adapter") else opened
     left_out = set(item.get("left_out", ()))
     opened = opened.without(tuple(left_out & set(opened)))
     opened.label = item["label"]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from lightning_soup.layers.pruning import prune_
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart
 from lightning_soup.recipes.ingredient import Ingredient
+from lightning_soup.weights.adapter_merging import FOLDER_FILES, AdapterMerging, save_adapter
+from lightning_soup.weights.adapters import holds_adapter, is_adapter
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
+from lightning_soup.weights.formats import WEIGHT_SUFFIXES
 from lightning_soup.weights.positions import Resampling, resampled
-from lightning_soup.weights.save import save_combination, save_weights
+from lightning_soup.weights.save import check_output, save_combination, save_weights
 from lightning_soup.weights.weights_file import Source, WeightsFile, metric_prefixes
 
 if TYPE_CHECKING:
@@ -139,6 +142,7 @@ class Soup:
         repruned: What is pruned after combining: which share of which tensors, and by which selection of
             :func:`.prune_`; ``None``: nothing is.
         resampled: Position embeddings that are brought to one grid before combining; see :class:`.LengthAverage`.
+        merging: How the ingredients are merged where they are PEFT adapters; ``None``: tensor by tensor.
     """
 
     recipe: str
@@ -153,6 +157,7 @@ class Soup:
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     repruned: tuple[float, tuple[str, ...], str] | None = None
     resampled: Mapping[str, Resampling] = field(default_factory=dict)
+    merging: AdapterMerging | None = None
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -226,7 +231,8 @@ class Soup:
         """Write the soup with its provenance: ``lightning-soup show`` prints it, ``recook`` cooks it again.
 
         Args:
-            path: ``.safetensors`` (streamed, so memory stays small), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin``.
+            path: ``.safetensors`` (streamed, so memory stays small), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin``. Of
+                adapters, any other name is that of a folder for ``PeftModel.from_pretrained``.
             like: Checkpoint whose shape a torch file keeps; the first ingredient by default.
             progress: Shows how far it is.
 
@@ -240,11 +246,12 @@ class Soup:
         from lightning_soup.recipes.provenance import provenance_of
 
         path = user_path(path)
-        sources, coefficients = self._terms()
-        kept = {"like": like or self._sources[0], "provenance": provenance_of(self, path.parent)}
+        sources, coefficients = self._terms(progress)
+        first = self._sources[0] if self.merging is None else sources[0]
+        kept = {"like": like or first, "provenance": provenance_of(self, path.parent)}
         if self.repruned is not None:  # by a threshold over all tensors, which are held for it
             return save_weights(self.weights(), path, **kept)
-        return save_combination(sources, coefficients, path, accumulate=self.accumulate, progress=progress, **kept)
+        return save_terms(sources, coefficients, path, accumulate=self.accumulate, progress=progress, **kept)
 
     def shares(self) -> Row:
         """One coefficient per ingredient: the coefficients, or their mean over elements where tensors differ."""
@@ -283,13 +290,42 @@ class Soup:
     def _sources(self) -> list[WeightsFile]:
         return [resampled(item.weights, i, self.resampled) for i, item in enumerate(self.ingredients)]
 
-    def _terms(self) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
-        return with_statistics(self._sources, self.coefficients, self.statistics)
+    def _terms(self, progress: Progress = silent) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
+        sources, coefficients = with_statistics(self._sources, self.coefficients, self.statistics)
+        return (sources, coefficients) if self.merging is None else self.merging.terms(sources, coefficients, progress)
 
 
 def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str], selection: str) -> None:
     """Prune some tensors of a state dict by magnitude, in place."""
     prune_({name: weights[name] for name in names}, share, selection=selection)
+
+
+def check_soup_output(path: str | os.PathLike, ingredients: Sequence[Ingredient]) -> None:
+    """Say before cooking that a soup of these ingredients could not be written to ``path``.
+
+    Raises:
+        UnwritableOutput: It could not: an unknown suffix (adapters may go to a folder), or a place that is not
+            writable.
+    """
+    adapters = any(is_adapter(item.weights) or holds_adapter(item.weights) for item in ingredients)
+    check_output(path, folder=FOLDER_FILES if adapters else ())
+
+
+def save_terms(
+    sources: Sequence[WeightsFile],
+    coefficients: Row | dict[str, Row],
+    path: Path,
+    *,
+    like: Source | WeightsFile | None,
+    provenance: Mapping[str, Any],
+    accumulate: Literal["float32", "float64"],
+    progress: Progress,
+) -> Path:
+    """Combine into a file, or adapters into a folder where the path is not that of a file of weights."""
+    kept: dict[str, Any] = {"provenance": provenance, "accumulate": accumulate, "progress": progress}
+    if is_adapter(sources[0]) and path.suffix not in WEIGHT_SUFFIXES:
+        return save_adapter(sources, coefficients, path, **kept)
+    return save_combination(sources, coefficients, path, like=like, **kept)
 
 
 def with_statistics(

@@ -75,7 +75,7 @@ def log_soup(loggers: Iterable[Logger], soup: "Soup", path: str | Path | None = 
             run.log({f"history/{_slug(label)}": table})
         if path is not None:
             artifact = wandb.Artifact(f"soup-{run.id}", type="model", metadata=_metadata(soup))
-            artifact.add_file(str(path))
+            (artifact.add_dir if Path(path).is_dir() else artifact.add_file)(str(path))
             _use_ingredients(run, soup)
             run.log_artifact(artifact)
 

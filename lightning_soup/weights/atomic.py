@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,6 +59,58 @@ def atomic_path(path: str | os.PathLike, *, size: int = 0) -> Iterator[Path]:
         for folder in made:  # the innermost first; one that somebody else uses by now is not empty
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike, *, files: Collection[str]) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``, which takes its place when the block ends without an error.
+
+    Args:
+        path: The final folder. One that is there already is replaced, if it holds nothing but such files.
+        files: Names that the folder may hold.
+
+    Raises:
+        UnwritableOutput: The folder holds other files, is a file, or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    check_replaceable(target, files)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        if not _concerns_output(error, temporary, target):
+            raise
+        reason = error.strerror or str(error)
+        raise UnwritableOutput(f"{path}: cannot be written ({reason}). Choose another output folder.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, files: Collection[str]) -> None:
+    """Refuse a folder that cannot be replaced as a whole, because something else is in it.
+
+    Args:
+        folder: The folder; it need not exist.
+        files: Names that it may hold.
+
+    Raises:
+        UnwritableOutput: It holds others, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UnwritableOutput(f"{folder}: is a file. Give the name of a new folder.")
+    others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else []
+    if others:
+        raise UnwritableOutput(
+            f"{folder}: holds other files ({', '.join(others[:4])}), which would be lost. Name a new folder."
+        )
 
 
 def user_path(path: str | os.PathLike) -> Path:

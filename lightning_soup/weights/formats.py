@@ -26,6 +26,8 @@ CLASS_NAMES_KEY = "class_names"
 """Where a checkpoint names the classes in the order of the model's outputs."""
 EXPERTS_KEY = "lightning_soup_experts"
 """Where a checkpoint says which layers have experts in training, and how many."""
+ADAPTER_KEY = "lightning_soup_adapter"
+"""Where a checkpoint of a whole model says how the PEFT adapter in it is configured (``adapter_config.json``)."""
 
 
 def open_file(path: Path, which: str) -> WeightsFile:

@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint
+from lightning_soup.weights.adapters import (
+    ADAPTER_FORMAT,
+    CONFIG_ENTRY,
+    CONFIG_NAME,
+    OLD_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
 from lightning_soup.weights.artifacts import fetch_artifact
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.distributed_format import is_distributed, open_distributed
@@ -34,7 +41,7 @@ def open_path(source: str | os.PathLike, which: str) -> WeightsFile:
 
 
 def _open_folder(folder: Path, which: str) -> WeightsFile:
-    if (folder / "adapter_config.json").exists():
+    if (folder / CONFIG_NAME).exists():
         return _open_adapter(folder, which)
     indices = sorted(folder.glob("*.index.json"), key=_index_rank)
     if indices and _index_rank(indices[0])[0] < len(WEIGHT_SUFFIXES):
@@ -90,14 +97,14 @@ def _is_file_name(value: object) -> bool:
 
 
 def _open_adapter(folder: Path, which: str) -> WeightsFile:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in (WEIGHTS_NAME, OLD_WEIGHTS_NAME):
         if (folder / name).exists():
             opened = open_file(folder / name, which)
-            opened.format, opened.label, opened.path = "peft adapter", folder.name, Path(os.path.abspath(folder))
-            opened.metadata["adapter_config"] = dict(_json(folder / "adapter_config.json"))
+            opened.format, opened.label, opened.path = ADAPTER_FORMAT, folder.name, Path(os.path.abspath(folder))
+            opened.metadata[CONFIG_ENTRY] = dict(_json(folder / CONFIG_NAME))
             return opened
     raise UnreadableCheckpoint(
-        f"{folder}: adapter_config.json without adapter_model.safetensors or adapter_model.bin. Download it again."
+        f"{folder}: {CONFIG_NAME} without {WEIGHTS_NAME} or {OLD_WEIGHTS_NAME}. Download it again."
     )
 
 

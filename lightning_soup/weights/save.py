@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,13 @@ import torch
 
 from lightning_soup.errors import UnwritableOutput
 from lightning_soup.progress import Progress, silent
-from lightning_soup.weights.atomic import check_writable, user_path
+from lightning_soup.weights.atomic import check_replaceable, check_writable, user_path
 from lightning_soup.weights.chunks import Part
 from lightning_soup.weights.coefficients import Coefficients
 from lightning_soup.weights.combine import plan_combination, plan_copy, safetensors_layout
 from lightning_soup.weights.compatibility import check_compatible
 from lightning_soup.weights.file_output import write_parts
-from lightning_soup.weights.formats import CLASS_NAMES_KEY, LIGHTNING_VERSION
+from lightning_soup.weights.formats import ADAPTER_KEY, CLASS_NAMES_KEY, LIGHTNING_VERSION, WEIGHT_SUFFIXES
 from lightning_soup.weights.torch_output import SavedTensor, torch_layout
 from lightning_soup.weights.weights_file import PROVENANCE_KEY, Source, WeightsFile, open_checkpoint
 
@@ -32,22 +32,31 @@ _LIGHTNING_ENTRIES = (
     "datamodule_hparams_name",
     "datamodule_hyper_parameters",
     CLASS_NAMES_KEY,
+    ADAPTER_KEY,
 )
 
 
-def check_output(path: str | os.PathLike) -> None:
+def check_output(path: str | os.PathLike, *, folder: Collection[str] = ()) -> None:
     """Say before any work that a soup could not be written to ``path``.
+
+    Args:
+        path: Where it will be written.
+        folder: Where a soup of adapters may go to a folder: the files that this may hold already.
 
     Raises:
         UnwritableOutput: An unknown suffix, a folder, or a place that cannot be written.
     """
     path = user_path(path)
+    if folder and path.suffix not in WEIGHT_SUFFIXES:
+        check_replaceable(Path(os.path.realpath(path)), folder)
+        check_writable(path / "file")
+        return
     _check_suffix(path)
     check_writable(path)
 
 
 def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix not in WEIGHT_SUFFIXES:
         raise UnwritableOutput(
             f"{path}: unknown suffix {path.suffix!r}. Expected .safetensors, .ckpt, .pt, .pth or .bin."
         )
@@ -90,6 +99,7 @@ def save_combination(
     *,
     like: Source | WeightsFile | None = None,
     provenance: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
     accumulate: Literal["float32", "float64"] = "float32",
     progress: Progress = silent,
 ) -> Path:
@@ -101,6 +111,7 @@ def save_combination(
         path: As in :func:`save_weights`.
         like: As in :func:`save_weights`.
         provenance: As in :func:`save_weights`.
+        metadata: More strings for the header of a safetensors file.
         accumulate: As in :func:`.combine`.
         progress: Shows how far it is.
 
@@ -111,7 +122,7 @@ def save_combination(
         LightningSoupError: As in :func:`.combine` and :func:`save_weights`.
     """
     opened, parts = plan_combination(checkpoints, coefficients, accumulate)
-    return _save(opened[0], parts, path, like, provenance, torch.get_num_threads(), progress)
+    return _save(opened[0], parts, path, like, provenance, torch.get_num_threads(), progress, metadata)
 
 
 def _save(
@@ -122,12 +133,13 @@ def _save(
     provenance: Mapping[str, Any] | None,
     threads: int,
     progress: Progress,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write planned parts, in the order of the tensors of ``first``."""
     path = Path(path)
     stamp = {} if provenance is None else {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}
     if path.suffix == ".safetensors":
-        layout = safetensors_layout(parts, stamp)
+        layout = safetensors_layout(parts, {**(metadata or {}), **stamp})
     else:
         _check_suffix(path)
         model = None if like is None else open_checkpoint(like)

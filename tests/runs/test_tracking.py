@@ -7,14 +7,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_soup.evaluation.resolution_table import Resolution, ResolutionChoice, SizeScore
 from lightning_soup.modules import AwareNet
+from lightning_soup.recipes import UniformSoup
 from lightning_soup.runs.continual import ContinualResult
 from lightning_soup.runs.resolution_report import log_resolution
 from lightning_soup.runs.tracking import log_continual, log_report, log_soup
+from tests.helpers.adapters import write_adapter
 from tests.helpers.families import HeldOutData, three_families
 from tests.helpers.reports import fake_report, soup, trial
 from tests.helpers.trainers import quiet_trainer
@@ -87,6 +90,17 @@ class OnlineLogger(WandbLogger):
 
     def log_metrics(self, metrics, step=None):
         self.run.log(dict(metrics))
+
+
+def test_a_merged_adapter_is_logged_as_the_folder_that_it_is(offline, tmp_path, monkeypatch):
+    artifacts = []
+    monkeypatch.setattr(offline.experiment, "log_artifact", artifacts.append)
+    layer = {"layer": (torch.ones(1, 2), torch.ones(2, 1))}
+    folders = [write_adapter(tmp_path / str(number), layer) for number in range(2)]
+    with pytest.warns(UserWarning, match="hold the same weights"):
+        merged = UniformSoup().cook(folders)
+    log_soup([offline], merged, merged.save(tmp_path / "merged"))
+    assert set(artifacts[-1].manifest.entries) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_offline_keeps_tables_pictures_scalars_and_the_model(report, file, offline, tmp_path, monkeypatch, caplog):

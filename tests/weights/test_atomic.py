@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lightning_soup.errors import UnreadableCheckpoint, UnwritableOutput
-from lightning_soup.weights.atomic import atomic_path, check_writable
+from lightning_soup.weights.atomic import atomic_folder, atomic_path, check_writable
 
 
 def fail_after_writing(path, error):
@@ -144,3 +144,26 @@ def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "mine" / "new" / "a"):
         fail_after_writing(tmp_path / "mine" / "new" / "other", KeyboardInterrupt)
     assert names(tmp_path / "mine" / "new") == ["other"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "out"
+    for text in ("old", "new"):
+        with atomic_folder(target, files=["a.txt", "b.txt"]) as temporary:
+            (temporary / "a.txt").write_text(text)
+            if text == "new":
+                assert (target / "a.txt").read_text() == "old"
+    assert (target / "a.txt").read_text() == "new"
+    with pytest.raises(ValueError, match="stop"), atomic_folder(target, files=["a.txt"]) as temporary:
+        fail_after_writing(temporary / "a.txt", ValueError("stop"))
+    assert (target / "a.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_others_use_is_not_replaced(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    message = r"holds other files \(mine\.txt\)"
+    with pytest.raises(UnwritableOutput, match=message), atomic_folder(tmp_path, files=["a.txt"]):
+        raise AssertionError("not reached")
+    with pytest.raises(UnwritableOutput, match="is a file"), atomic_folder(tmp_path / "mine.txt", files=[]):
+        raise AssertionError("not reached")
