@@ -13,7 +13,7 @@ from lightning_soup.progress import rich_progress
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
 from lightning_soup.recipes import recook as cook_again
 from lightning_soup.recipes.interpolated import for_recipe
-from lightning_soup.recipes.recipe import check_soup_output
+from lightning_soup.recipes.soup_output import check_soup_output
 from lightning_soup.weights import open_checkpoint
 from lightning_soup.weights.formats import EXPERTS_KEY
 

@@ -13,7 +13,8 @@ from lightning_soup import __version__
 from lightning_soup.errors import RecipeError
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.ingredient import refuse_overwriting
-from lightning_soup.recipes.recipe import Soup, reprune_, save_terms, with_statistics
+from lightning_soup.recipes.recipe import Soup, reprune_, with_statistics
+from lightning_soup.recipes.soup_output import save_terms
 from lightning_soup.weights.adapter_merging import AdapterMerging
 from lightning_soup.weights.adapters import adapter_in, is_adapter
 from lightning_soup.weights.combine import combine

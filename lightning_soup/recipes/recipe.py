@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,12 @@ from lightning_soup.layers.pruning import prune_
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart
 from lightning_soup.recipes.ingredient import Ingredient
-from lightning_soup.weights.adapter_merging import FOLDER_FILES, AdapterMerging, save_adapter
-from lightning_soup.weights.adapters import holds_adapter, is_adapter
+from lightning_soup.recipes.soup_output import save_terms
+from lightning_soup.weights.adapter_merging import AdapterMerging
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
-from lightning_soup.weights.formats import WEIGHT_SUFFIXES
 from lightning_soup.weights.positions import Resampling, resampled
-from lightning_soup.weights.save import check_output, save_combination, save_weights
+from lightning_soup.weights.save import save_weights
 from lightning_soup.weights.weights_file import Source, WeightsFile, metric_prefixes
 
 if TYPE_CHECKING:
@@ -298,34 +297,6 @@ class Soup:
 def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str], selection: str) -> None:
     """Prune some tensors of a state dict by magnitude, in place."""
     prune_({name: weights[name] for name in names}, share, selection=selection)
-
-
-def check_soup_output(path: str | os.PathLike, ingredients: Sequence[Ingredient]) -> None:
-    """Say before cooking that a soup of these ingredients could not be written to ``path``.
-
-    Raises:
-        UnwritableOutput: It could not: an unknown suffix (adapters may go to a folder), or a place that is not
-            writable.
-    """
-    adapters = any(is_adapter(item.weights) or holds_adapter(item.weights) for item in ingredients)
-    check_output(path, folder=FOLDER_FILES if adapters else ())
-
-
-def save_terms(
-    sources: Sequence[WeightsFile],
-    coefficients: Row | dict[str, Row],
-    path: Path,
-    *,
-    like: Source | WeightsFile | None,
-    provenance: Mapping[str, Any],
-    accumulate: Literal["float32", "float64"],
-    progress: Progress,
-) -> Path:
-    """Combine into a file, or adapters into a folder where the path is not that of a file of weights."""
-    kept: dict[str, Any] = {"provenance": provenance, "accumulate": accumulate, "progress": progress}
-    if is_adapter(sources[0]) and path.suffix not in WEIGHT_SUFFIXES:
-        return save_adapter(sources, coefficients, path, **kept)
-    return save_combination(sources, coefficients, path, like=like, **kept)
 
 
 def with_statistics(
