@@ -135,7 +135,7 @@ class LearnableEnsembleWeights(Callback):
         """Keep what the families predict of the first loader's batches."""
         if self.when == "validation" and dataloader_idx == 0 and not trainer.sanity_checking:
             log_p = self._predicted(trainer, pl_module, batch)
-            check_predictions(log_p, self.names)
+            check_predictions(log_p, batch[1], self.names)
             self._parts.append(FamilyPredictions(log_p.cpu(), batch[1].cpu()))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -56,7 +56,7 @@ def predictions_of(loops: OwnLoops, names: Sequence[str], batches: Iterable[Any]
                 )
             with loops.precision.forward_context():
                 log_p = stack_families(loops.module.member_logits(batch), names)
-            check_predictions(log_p, names)
+            check_predictions(log_p, batch[1], names)
             parts.append((log_p.cpu(), batch[1].cpu()))
     if not parts:
         raise UnsupportedSetup("There are no held-out batches to learn the weights of families from.")
@@ -64,17 +64,24 @@ def predictions_of(loops: OwnLoops, names: Sequence[str], batches: Iterable[Any]
     return FamilyPredictions(log_p.clone(), targets.clone())
 
 
-def check_predictions(log_p: Tensor, names: Sequence[str]) -> None:
-    """Refuse NaN, which would make every weight NaN.
+def check_predictions(log_p: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+    """Refuse NaN, which would make every weight NaN, and answers that are no classes.
 
     Raises:
         NonFiniteWeights: Names the families that predict it.
+        UnsupportedSetup: A target that is not one of the classes that members answer for.
     """
     broken = [name for name, bad in zip(names, log_p.isnan().any(0).any(-1).tolist(), strict=True) if bad]
     if broken:
         raise NonFiniteWeights(
             f"Members of the families {', '.join(broken)} predict NaN, so no average can be formed. Leave these "
             "members out, or load weights that are whole."
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= log_p.shape[-1]:
+        raise UnsupportedSetup(
+            f"Targets run from {low} to {high}, but the members answer for {log_p.shape[-1]} classes. Number the classes "
+            "of the held-out data from 0, or build members for all of them."
         )
 
 

@@ -74,6 +74,11 @@ def stack_families(logits: Sequence[Sequence[Tensor]], names: Sequence[str]) -> 
     shape = None
     for name, members in zip(names, logits, strict=True):
         for number, z in enumerate(members, 1):
+            if not isinstance(z, Tensor):
+                raise UnsupportedSetup(
+                    f"Member {number} of the family {name} gives a {type(z).__name__}; expected a tensor of logits "
+                    "[batch, classes]. Wrap it, so that it returns its logits alone."
+                )
             classes = 2 if z.ndim == 2 and z.shape[1] == 1 else z.shape[-1]
             if z.ndim != 2 or (len(z), classes) != (shape or (len(z), classes)):
                 raise UnsupportedSetup(

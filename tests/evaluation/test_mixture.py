@@ -177,6 +177,7 @@ def test_the_gradient_of_a_member():
     ("logits", "message"),
     [
         ([[torch.zeros(2, 3)]], r"families a, b; got lists of \[1\]"),
+        ([[(torch.zeros(2, 3),)], [torch.zeros(2, 3)]], "Member 1 of the family a gives a tuple"),
         ([[torch.zeros(2, 3)], []], r"got lists of \[1, 0\]"),
         ([[torch.zeros(2, 3)], [torch.zeros(2, 4)]], r"Member 1 of the family b .*\[2, 4\]; expected \[batch, 3\]"),
         ([[torch.zeros(2, 3), torch.zeros(3, 3)], [torch.zeros(2, 3)]], "Member 2 of the family a"),

@@ -556,6 +556,13 @@ def test_a_member_that_predicts_nan():
         quiet_trainer(max_epochs=1).fit(module, datamodule=HeldOutData())
 
 
+def test_targets_that_are_no_classes():
+    x, y = TinyData().val.tensors
+    loader = DataLoader(torch.utils.data.TensorDataset(x, y + 1), 16)
+    with pytest.raises(UnsupportedSetup, match="Targets run from 1 to 3, but the members answer for 3 classes"):
+        quiet_trainer(max_epochs=1).fit(ensemble(), TinyData().train_dataloader(), loader)
+
+
 def test_data_of_other_classes():
     with pytest.raises(UnsupportedSetup, match="data has 3 classes, the ensemble 2"):
         quiet_trainer().test(AwareNet([nn.Linear(8, 2)]), datamodule=HeldOutData(), verbose=False)
