@@ -80,8 +80,8 @@ def check_predictions(log_p: Tensor, targets: Tensor, names: Sequence[str]) -> N
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= log_p.shape[-1]:
         raise UnsupportedSetup(
-            f"Targets run from {low} to {high}, but the members answer for {log_p.shape[-1]} classes. Number the classes "
-            "of the held-out data from 0, or build members for all of them."
+            f"Targets run from {low} to {high}, but the members answer for {log_p.shape[-1]} classes. Number the "
+            "classes of the held-out data from 0, or build members for all of them."
         )
 
 
