@@ -131,6 +131,7 @@ class ResolutionSearch:
             UnsupportedSetup: A size that the model cannot take, or there is no such data.
             LightningSoupError: A metric is NaN.
         """
+        module = getattr(module, "_orig_mod", module)  # compiling anew for each size gains nothing
         tasks = images_of(data, self.split)
         model = vision_model(module)
         train = self._train(next(iter(tasks.values())), model)

@@ -318,6 +318,13 @@ def test_a_model_of_one_size_is_refused_before_anything_is_evaluated():
     assert module.training
 
 
+def test_a_compiled_module():
+    module = classifier()
+    compiled = torch.compile(module, backend="eager")
+    found, expected = (ResolutionSearch(sizes=[12]).run(one, loader()) for one in (compiled, module))
+    assert found.scores["val"][square(12)].metric == expected.scores["val"][square(12)].metric
+
+
 def test_in_the_precision_of_a_trainer():
     trainer = quiet_trainer(precision="bf16-mixed")
     found = ResolutionSearch(sizes=[12, 24]).run(classifier(), loader(), trainer=trainer)
