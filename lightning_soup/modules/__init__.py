@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_soup.modules.ensemble import AwareNet as AwareNet
     from lightning_soup.modules.families import Family as Family
     from lightning_soup.modules.lora import LoRA as LoRA
-from lightning_soup.modules.zscl import ZSCL as ZSCL
+    from lightning_soup.modules.zscl import ZSCL as ZSCL
 
 _HOME = {
     "AwareNet": "ensemble",

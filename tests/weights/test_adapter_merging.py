@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,7 +195,8 @@ torch.manual_seed(7)
 model = PeftModel.from_pretrained(Network(), {str(folder)!r}).eval()
 torch.save((model.base_model.model.first.get_delta_weight("default"), model(torch.arange(11))), sys.argv[1])
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.pt")], check=True)
+    root = Path(__file__).parents[2]  # where the helpers are found, whatever the folder is now
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.pt")], check=True, cwd=root)
     delta, logits = torch.load(tmp_path / "out.pt", weights_only=True)
     mean = sum(updates(file)["first"] for file in files) / 2
     torch.testing.assert_close(delta.double(), mean, rtol=1e-5, atol=1e-6)
