@@ -9,10 +9,11 @@ from lightning.pytorch import Callback, Trainer
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
-def quiet_trainer(epochs: int, callbacks: Sequence[Callback]) -> Trainer:
+def quiet_trainer(epochs: int, callbacks: Sequence[Callback], max_steps: int = -1) -> Trainer:
     """Trains on a CPU, without validation, files and bars."""
     return Trainer(
         max_epochs=epochs,
+        max_steps=max_steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "lightning_soup.callbacks": (
+        "CheckpointTrail",
         "EqualAverage",
         "ExpertsWeightAveraging",
         "ExponentialAverage",
@@ -46,6 +47,7 @@ _ROOMS = {
     "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "LoRA", "ZSCL"),
     "lightning_soup.recipes": (
         "AdaptiveSoup",
+        "EvolutionarySoup",
         "GreedySoup",
         "Ingredient",
         "InterpolatedSoup",

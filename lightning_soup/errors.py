@@ -4,6 +4,7 @@ __all__ = [
     "IncompatibleIngredients",
     "LightningSoupError",
     "MissingExtra",
+    "NonFiniteScore",
     "NonFiniteWeights",
     "RecipeError",
     "UnreadableCheckpoint",
@@ -38,6 +39,10 @@ class UnsupportedSetup(LightningSoupError):
 
 class RecipeError(LightningSoupError):
     """A recipe cannot be cooked from what it was given: ingredients, metric or options."""
+
+
+class NonFiniteScore(RecipeError):
+    """The metric of a candidate is NaN; a search passes over such candidates."""
 
 
 class MissingExtra(LightningSoupError, ImportError):

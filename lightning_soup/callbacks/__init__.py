@@ -4,6 +4,7 @@ from lightning_soup.callbacks.averages import EqualAverage as EqualAverage
 from lightning_soup.callbacks.averages import ExponentialAverage as ExponentialAverage
 from lightning_soup.callbacks.averages import LatestAverage as LatestAverage
 from lightning_soup.callbacks.averages import WeightEnsemble as WeightEnsemble
+from lightning_soup.callbacks.checkpoint_trail import CheckpointTrail as CheckpointTrail
 from lightning_soup.callbacks.ensemble_weights import LearnableEnsembleWeights as LearnableEnsembleWeights
 from lightning_soup.callbacks.experts_averaging import ExpertsWeightAveraging as ExpertsWeightAveraging
 from lightning_soup.callbacks.live_average import LiveAverage as LiveAverage

@@ -14,6 +14,7 @@ from lightning_soup.callbacks.model_soup_checks import (
     WatchedMetric,
     check_kept_files,
     check_loss,
+    check_trail,
     check_training_ends,
     check_writable_on_rank_zero,
     checkpoint_callback,
@@ -54,6 +55,7 @@ class ModelSoup(Callback):
         filename: Name of the soup's file. A ``.ckpt`` is loadable by ``load_from_checkpoint``.
         recalibrate: Estimate BatchNorm statistics anew for the soup, in one pass over the training data after the
             coefficients are chosen; see :meth:`.Soup.recalibrated`. Its history tells the score before and after.
+        trail: Soup what the Trainer's :class:`.CheckpointTrail` kept, and do not ask for a ``ModelCheckpoint``.
 
     Attributes:
         soup: The :class:`.Soup`, once the fit has ended.
@@ -75,7 +77,10 @@ class ModelSoup(Callback):
         dirpath: str | None = None,
         filename: str = "soup.ckpt",
         recalibrate: bool = False,
+        trail: bool = False,
     ) -> None:
+        if last is not None and trail:
+            raise UnsupportedSetup(f"ModelSoup(last={last}, trail=True): expected one of them; they are other files.")
         if last is not None and last < 2:
             raise UnsupportedSetup(f"ModelSoup(last={last}): a soup needs at least the last 2 epochs.")
         if leave not in ("soup", "live"):
@@ -85,7 +90,7 @@ class ModelSoup(Callback):
                 f"ModelSoup(filename={filename!r}): expected .safetensors, .ckpt, .pt, .pth or .bin."
             )
         self.recipe = recipe or UniformSoup()
-        self.last, self.monitor, self.mode, self.leave = last, monitor, mode, leave
+        self.last, self.monitor, self.mode, self.leave, self.trail = last, monitor, mode, leave, trail
         self.dirpath, self.filename, self.recalibrate = dirpath, filename, recalibrate
         self.soup: Soup | None = None
         self.soup_path: Path | None = None
@@ -107,7 +112,9 @@ class ModelSoup(Callback):
             return
         instead = "soup the checkpoints after training"
         check_strategy(trainer, type(self).__name__, "its checkpoints are sharded", instead=instead)
-        if self.last is None:
+        if self.trail:
+            check_trail(trainer)
+        elif self.last is None:
             check_kept_files(trainer)
         if self._purpose() and not (self._metric(trainer)[0] and trainer.enable_validation):
             raise UnsupportedSetup(
@@ -268,8 +275,9 @@ class ModelSoup(Callback):
 
     def _ingredients(self, trainer: Trainer, metric: str | None) -> list[Ingredient]:
         kept = checkpoint_callback(trainer)
-        if self.last is not None:
-            scores: dict[str, float] = dict.fromkeys(self._epochs, float("nan"))
+        if self.last is not None or self.trail:
+            files = check_trail(trainer).files if self.trail else self._epochs
+            scores: dict[str, float] = dict.fromkeys(files, float("nan"))
         else:
             scores = {path: float(score) for path, score in kept.best_k_models.items()} if kept else {}
             scores = {path: score for path, score in scores.items() if path not in self._earlier}

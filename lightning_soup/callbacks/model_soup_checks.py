@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,6 +15,9 @@ from lightning_soup.evaluation.evaluator import not_logged
 from lightning_soup.evaluation.own_loops import loss_of
 from lightning_soup.recipes import Recipe
 from lightning_soup.weights.save import check_output
+
+if TYPE_CHECKING:
+    from lightning_soup.callbacks.checkpoint_trail import CheckpointTrail
 
 
 def checkpoint_callback(trainer: Trainer) -> ModelCheckpoint | None:
@@ -42,6 +45,21 @@ def check_kept_files(trainer: Trainer) -> None:
             "ModelSoup: a ModelCheckpoint without monitor keeps no list of its files. Set monitor, or pass "
             "ModelSoup(last=5)."
         )
+
+
+def check_trail(trainer: Trainer) -> "CheckpointTrail":
+    """The CheckpointTrail of a Trainer; without one, or with one whose files do not fit the module, refuse."""
+    from lightning_soup.callbacks.checkpoint_trail import CheckpointTrail
+
+    found = [callback for callback in trainer.callbacks if isinstance(callback, CheckpointTrail)]
+    if not found:
+        raise UnsupportedSetup("ModelSoup(trail=True) needs weights to soup. Add CheckpointTrail(every=20, keep=24).")
+    if not found[0].frozen:
+        raise UnsupportedSetup(
+            "ModelSoup(trail=True) needs files that fit the whole module, but CheckpointTrail(frozen=False) leaves "
+            "frozen parameters out. Pass frozen=True, or combine the files afterwards."
+        )
+    return found[0]
 
 
 def check_writable_on_rank_zero(

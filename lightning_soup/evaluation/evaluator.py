@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_soup.errors import RecipeError
 
 Weights = Mapping[str, Tensor]
+Split = Literal["select", "third", "report"]
 
 
 _SMALLER_IS_BETTER = {"loss", "error", "err", "nll", "ppl", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ece"}
@@ -48,6 +49,20 @@ class Evaluator(ABC):
     @abstractmethod
     def score(self, weights: Weights) -> float:
         """Judge weights: **higher is always better**; a ``mode="min"`` metric is negated here and nowhere else."""
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that :meth:`score_on` can judge on."""
+        return ("select",)
+
+    def score_on(self, weights: Weights, split: Split) -> float:
+        """Judge on a named split: ``"select"`` as :meth:`score` does, or ``"third"``, which chose nothing so far.
+
+        Raises:
+            RecipeError: There is no such split.
+        """
+        if split == "select":
+            return self.score(weights)
+        raise RecipeError(f"{type(self).__name__} has no {split} split to judge on.")
 
     def slot(self) -> Weights | None:
         """Tensors into which a recipe may write a candidate before it asks for its score.

@@ -10,11 +10,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_soup.errors import RecipeError
-from lightning_soup.evaluation.evaluator import Weights
-from lightning_soup.evaluation.loading import listed
-from lightning_soup.evaluation.module_evaluator import ModuleEvaluator, Split
+from lightning_soup.evaluation.evaluator import Split, Weights
+from lightning_soup.evaluation.loading import handed_out, listed
+from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
 from lightning_soup.evaluation.own_loops import hidden, normed, quiet
 from lightning_soup.weights.weights_file import clean_names
+
+# What a validation loop knows of its loaders.
+_OF_LOADERS = ("_combined_loader", "_data_fetcher", "_max_batches", "_last_val_dl_reload_epoch")
 
 
 class FitEvaluator(ModuleEvaluator):
@@ -43,10 +46,10 @@ class FitEvaluator(ModuleEvaluator):
     def _data(self, given: LightningDataModule | None) -> LightningDataModule | None:
         return given  # a fit has its loaders, from a data module or not
 
-    def _validate(self) -> Mapping[str, Tensor]:
+    def _validate(self, split: Split = "select") -> Mapping[str, Tensor]:
         trainer = self.trainer
         loop = trainer.fit_loop.epoch_loop.val_loop
-        with quiet(), isolate_rng(), hidden(trainer), self._undisturbed(loop):
+        with quiet(), isolate_rng(), hidden(trainer), self._undisturbed(loop), self._loading(loop, split):
             if trainer.val_dataloaders is None:
                 loop.setup_data()
             if loop.skip:
@@ -60,6 +63,26 @@ class FitEvaluator(ModuleEvaluator):
             value = metrics[self.metric].to(trainer.strategy.root_device, torch.float64)
             metrics[self.metric] = trainer.strategy.reduce(value, reduce_op="mean")
         return metrics
+
+    @contextmanager
+    def _loading(self, loop: Any, split: Split) -> Iterator[None]:
+        """Let the validation loop take its batches from another split; for ranks they are divided as its own are."""
+        if split == "select":
+            yield
+            return
+        kept = {name: getattr(loop, name) for name in _OF_LOADERS}
+        loaders = self._held_out(split)
+        loop._combined_loader = loop._data_fetcher = None
+        try:
+            with handed_out(self.datamodule, loaders):
+                loop.setup_data()
+                yield
+        finally:
+            for name, value in kept.items():
+                setattr(loop, name, value)
+
+    def _set_up(self) -> None:
+        """The fit has done so."""
 
     @contextmanager
     def _undisturbed(self, loop: Any) -> Iterator[None]:

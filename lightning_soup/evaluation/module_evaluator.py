@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
-from lightning_soup.errors import RecipeError, UnsupportedSetup
-from lightning_soup.evaluation.evaluator import Evaluator, Weights, direction, not_logged
+from lightning_soup.errors import NonFiniteScore, RecipeError, UnsupportedSetup
+from lightning_soup.evaluation.evaluator import Evaluator, Split, Weights, direction, not_logged
 from lightning_soup.evaluation.loading import (
     as_datamodule,
     handed_out,
@@ -36,8 +36,6 @@ from lightning_soup.weights.weights_file import (
     module_tensors,
     open_checkpoint,
 )
-
-Split = Literal["select", "third", "report"]
 
 
 class ModuleEvaluator(Evaluator):
@@ -132,7 +130,18 @@ class ModuleEvaluator(Evaluator):
             self._scores[key] = score
         return self._scores[key]
 
-    def _validate(self) -> Mapping[str, Tensor]:
+    def splits(self) -> tuple[Split, ...]:
+        """The validation data, and the third split where the data module has one."""
+        return ("select", "third") if hasattr(self.datamodule, "third_dataloader") else ("select",)
+
+    def score_on(self, weights: Weights, split: Split) -> float:
+        """As :meth:`score`, through the validation step, on the validation data or on the third split."""
+        if split != "third":
+            return super().score_on(weights, split)
+        self.load(weights)
+        return self._signed(self._validate(split))
+
+    def _validate(self, split: Split = "select") -> Mapping[str, Tensor]:
         trainer, loop = self.trainer, self.trainer.validate_loop
         inference_mode = loop.inference_mode
         loop.inference_mode = False  # metric states made in inference mode cannot be updated later
@@ -140,7 +149,7 @@ class ModuleEvaluator(Evaluator):
             with (
                 quiet(),
                 isolate_rng(),
-                handed_out(self.datamodule, self._validation()),
+                handed_out(self.datamodule, self._held_out(split)),
                 hidden(trainer),
                 ctrl_c_unchanged(),
             ):
@@ -154,11 +163,18 @@ class ModuleEvaluator(Evaluator):
             raise RecipeError(not_logged(self.metric, metrics))
         value = float(metrics[self.metric])
         if math.isnan(value):
-            raise RecipeError(
+            raise NonFiniteScore(
                 f"the metric {self.metric!r} is NaN for this candidate, so it cannot be compared. Check the validation "
                 "data and the ingredients for broken values, or leave that ingredient out."
             )
         return -value if self.mode == "min" else value
+
+    def _held_out(self, split: Split) -> Any:
+        """The loaders of a split, as a data module gives them: of one, metrics have no number in their names."""
+        if split == "select":
+            return self._validation()
+        loaders = self.loaders(split)
+        return loaders[0] if len(loaders) == 1 else loaders
 
     def _validation(self) -> Any:
         """The validation loaders, made once."""
@@ -272,6 +288,7 @@ class ModuleEvaluator(Evaluator):
                     raise RecipeError(
                         f"{type(self.datamodule).__name__} has no third_dataloader(); add one for this recipe."
                     )
+                self._set_up()
                 made = self.datamodule.third_dataloader()
             else:
                 made = self._validation()
@@ -279,6 +296,10 @@ class ModuleEvaluator(Evaluator):
                 raise RecipeError(f"{type(self.datamodule).__name__} gives no data loader for the {split} split.")
             self._loaders[split] = listed(made)
         return self._loaders[split]
+
+    def _set_up(self) -> None:
+        """Have the data module set up as for validation, once."""
+        self._validation()
 
     def _names(self, split: Split) -> list[str]:
         count = len(self.loaders(split))

@@ -1,6 +1,7 @@
 """Recipes: how the coefficients of a soup are chosen. No Lightning here, so cooking from files starts fast."""
 
 from lightning_soup.recipes.adaptive import AdaptiveSoup as AdaptiveSoup
+from lightning_soup.recipes.evolutionary import EvolutionarySoup as EvolutionarySoup
 from lightning_soup.recipes.greedy import GreedySoup as GreedySoup
 from lightning_soup.recipes.ingredient import Ingredient as Ingredient
 from lightning_soup.recipes.ingredient import gather_ingredients as gather_ingredients

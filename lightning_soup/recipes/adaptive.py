@@ -14,6 +14,7 @@ from lightning_soup.recipes.checks import CommonStart, check_ingredients
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.recipes.parts import divide, given_parts
 from lightning_soup.recipes.recipe import Recipe, Soup, Trial, require_evaluator
+from lightning_soup.recipes.search import cma_strategy
 from lightning_soup.recipes.uniform import UniformSoup
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.geometry import inner_products
@@ -194,8 +195,6 @@ class AdaptiveSoup(Recipe):
         return mixture.start(), [history[0], replace(history[1], reason=f"{history[1].reason}: no better, not taken")]
 
     def _by_score(self, mixture: "_Mixture", evaluator: Evaluator, progress: Progress) -> tuple[Tensor, list[Trial]]:
-        import cma
-
         def tried(s: Tensor, label: str) -> Trial:
             weights = combine(mixture.sources, mixture.coefficients(s), evaluator.slot())
             return Trial(label, evaluator.score(weights), None, "", mixture.values(s))
@@ -205,8 +204,7 @@ class AdaptiveSoup(Recipe):
         best = history[0].score - float(self._penalty(mixture.alpha(best_s)))
         if len(best_s) == 1 or self.steps == 1:  # one ratio, which is the mean; nothing to choose
             return best_s, history
-        options = {"seed": self.seed + 1, "verbose": -9, "maxfevals": self.steps - 1}
-        strategy = cma.CMAEvolutionStrategy([0.0] * len(best_s), 10 * self.lr, options)
+        strategy = cma_strategy(len(best_s), 10 * self.lr, self.seed)
         budget = iter(progress(range(self.steps - 1), "searching ratios", self.steps - 1))
         left = self.steps - 1
         while left > 0 and not strategy.stop():

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from lightning_soup.errors import RecipeError
 from lightning_soup.weights.weights_file import WeightsFile
 
-__all__ = ["divide", "given_parts", "part_sizes"]
+__all__ = ["blocks_of", "divide", "given_parts", "part_sizes"]
 
 _BLOCK = re.compile(r"^(.*?\.)?(\d+)\.")  # the first number in a name: blocks.3.attn…, layer1.0.conv1…
 
@@ -92,6 +92,21 @@ def given_parts(weights: WeightsFile, groups: Sequence[Sequence[str]]) -> dict[s
                     )
                 found[name] = part
     return tied_together(found, weights)
+
+
+def blocks_of(weights: WeightsFile) -> dict[str, int]:
+    """By tensor name, the number of its block; tied tensors have one.
+
+    ``model.layers.3.attn.weight`` belongs to ``model.layers.3``, ``model.head.weight`` to ``model.head``.
+    """
+    alias = {name: names[0] for names in weights.ties for name in names}
+    blocks: dict[str, int] = {}
+    found = {}
+    for name in weights.specs:
+        own = alias.get(name, name)
+        numbered = _BLOCK.match(own)
+        found[name] = blocks.setdefault(numbered[0] if numbered else own.rpartition(".")[0], len(blocks))
+    return found
 
 
 def tied_together(parts: Mapping[str, int | None], weights: WeightsFile) -> dict[str, int | None]:

@@ -42,6 +42,7 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
         "metric": soup.metric,
         "mode": soup.mode,
         "score": soup.score,
+        **({} if soup.third_score is None else {"third_score": soup.third_score}),
         "history": [
             {
                 "label": trial.label,

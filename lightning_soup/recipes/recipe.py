@@ -142,6 +142,7 @@ class Soup:
             :func:`.prune_`; ``None``: nothing is.
         resampled: Position embeddings that are brought to one grid before combining; see :class:`.LengthAverage`.
         merging: How the ingredients are merged where they are PEFT adapters; ``None``: tensor by tensor.
+        third_score: Score on the third split, where that chose among the finalists of a search.
     """
 
     recipe: str
@@ -157,6 +158,7 @@ class Soup:
     repruned: tuple[float, tuple[str, ...], str] | None = None
     resampled: Mapping[str, Resampling] = field(default_factory=dict)
     merging: AdapterMerging | None = None
+    third_score: float | None = None
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -270,6 +272,8 @@ class Soup:
         from rich.table import Table
 
         title = self.recipe if self.score is None else f"{self.recipe}: {self.metric} {self.natural_score:.4f}"
+        if self.third_score is not None:
+            title += f", on the third split {self._natural(self.third_score):.4f}"
         table = Table(title=title, title_justify="left")
         table.add_column("ingredient", overflow="fold")
         table.add_column("coefficient", justify="right")
@@ -283,7 +287,10 @@ class Soup:
     @property
     def natural_score(self) -> float | None:
         """The score as the metric's own value."""
-        return None if self.score is None else (-self.score if self.mode == "min" else self.score)
+        return None if self.score is None else self._natural(self.score)
+
+    def _natural(self, score: float) -> float:
+        return -score if self.mode == "min" else score
 
     @property
     def _sources(self) -> list[WeightsFile]:

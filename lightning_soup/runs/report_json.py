@@ -81,6 +81,7 @@ def _soup(entry: "Entry") -> dict:
         "metric": soup.metric,
         "mode": soup.mode,
         "score": soup.natural_score,
+        **({} if soup.third_score is None else {"third_score": natural_score(soup, soup.third_score)}),
         "ingredients": [ingredient.name for ingredient in soup.ingredients],
         "coefficients": soup.coefficients,
         "history": trials(soup),

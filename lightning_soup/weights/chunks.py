@@ -21,11 +21,12 @@ _HEAD_BYTES = 64  # compared before a whole chunk is, to see whether all ingredi
 
 
 class Term(NamedTuple):
-    """One cᵢ·θᵢ: a tensor, its coefficient, and the label of its checkpoint."""
+    """One cᵢ·θᵢ: a tensor, its coefficient, the label of its checkpoint, and the number i of that."""
 
     tensor: StoredTensor
     coefficient: float
     label: str
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def combine_chunk(part: Part, start: int, stop: int, buffers: Buffers) -> Tensor
     """
     if kind(part.spec.dtype) in ("integer", "bool"):
         return _agreed(part, start, stop, buffers)
-    (source, coefficient, _), *others = part.terms
+    (source, coefficient, *_), *others = part.terms
     first, first_data = source.read(start, stop, buffers.first)
     if not others and coefficient == 1.0:
         return _rounded(part, first, start, stop)
@@ -80,7 +81,7 @@ def combine_chunk(part: Part, start: int, stop: int, buffers: Buffers) -> Tensor
         total.copy_(first).mul_(coefficient)
     head = first_data[:_HEAD_BYTES]
     equal = abs(sum(term.coefficient for term in part.terms) - 1.0) < _ONE
-    for other, other_coefficient, _ in others:
+    for other, other_coefficient, *_ in others:
         chunk, data = other.read(start, stop, buffers.next)
         if equal:
             equal = data[:_HEAD_BYTES] == head and _same_bytes(chunk, first)
@@ -100,9 +101,9 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
 
 def _agreed(part: Part, start: int, stop: int, buffers: Buffers) -> Tensor:
     """Integers and bools are not averaged: all agree, or they are counters and the largest is taken."""
-    (source, _, label), *others = part.terms
+    (source, _, label, *_), *others = part.terms
     values, _ = source.read(start, stop, buffers.first)
-    for other, _, other_label in others:
+    for other, _, other_label, *_ in others:
         chunk, _ = other.read(start, stop, buffers.next)
         if _same_bytes(chunk, values):
             continue

@@ -4,8 +4,9 @@
 to an accumulator that never leaves the processor's cache, then written to its place. So memory does not grow
 with the number or the size of the checkpoints, and the cost stays near that of reading the bytes once.
 
-This file plans (which tensors, which coefficients, which types); :mod:`.chunks` does the arithmetic,
-:mod:`.streaming` runs through the chunks, :mod:`.file_output` writes into files, :mod:`.in_place` into modules.
+This file plans (which tensors, which coefficients, which types); :mod:`.chunks` does the arithmetic, :mod:`.batches`
+that of several combinations at once, :mod:`.streaming` runs through the chunks, :mod:`.file_output` writes into
+files, :mod:`.in_place` into modules.
 """
 
 import os
@@ -19,11 +20,19 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.progress import Progress, silent
+from lightning_soup.weights.batches import Batch
 from lightning_soup.weights.chunks import Part, Term
 from lightning_soup.weights.coefficients import Coefficients, coefficient_rows
 from lightning_soup.weights.compatibility import check_compatible, kind
 from lightning_soup.weights.file_output import Layout, write_parts
-from lightning_soup.weights.in_place import combine_in_place, new_tensors, open_target, tensor_writer
+from lightning_soup.weights.in_place import (
+    as_matrix,
+    batch_writer,
+    combine_in_place,
+    new_tensors,
+    open_target,
+    tensor_writer,
+)
 from lightning_soup.weights.safetensors_format import layout
 from lightning_soup.weights.stored_tensor import TensorSpec
 from lightning_soup.weights.streaming import stream
@@ -102,6 +111,73 @@ def combine(
     return _combine_to_memory(parts, list(opened[0]), threads, progress)
 
 
+def combine_many(
+    checkpoints: Sequence[Source | WeightsFile],
+    coefficients: Sequence[Coefficients],
+    out: Sequence[Mapping[str, Tensor]] | None = None,
+    *,
+    accumulate: Literal["float32", "float64"] = "float32",
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, Tensor]]:
+    """Form several combinations of the same checkpoints, reading each checkpoint once for all of them.
+
+    Every result is that of :func:`combine` within the rounding of the accumulator, whose order of adding differs; what
+    all ingredients share stays exactly as it is here, too, and the same is refused.
+
+    Args:
+        checkpoints: K checkpoints; as in :func:`combine`.
+        coefficients: B times what :func:`combine` takes.
+        out: B mappings to write into, such as the result of an earlier call; none of their tensors may be one of the
+            checkpoints'. New ones by default: so many models are held in memory.
+        accumulate: As in :func:`combine`.
+        threads: As in :func:`combine`.
+        progress: As in :func:`combine`.
+
+    Returns:
+        The B combinations.
+
+    Raises:
+        LightningSoupError: As in :func:`combine`; also where ``out`` has another number or other types than the
+            results.
+
+    Example:
+        >>> a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -2.0])}
+        >>> combine_many([a, b], [[0.5, 0.5], [2, -1]])
+        [{'w': tensor([2., 0.])}, {'w': tensor([-1.,  6.])}]
+    """
+    if not coefficients:
+        return []
+    opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+    plans = [plan_combination(opened, row, accumulate)[1] for row in coefficients]
+    batches = [Batch(parts) for parts in zip(*plans, strict=True)]
+    if out is None:
+        out = _new_rows(batches, list(opened[0]))
+    elif len(out) != len(plans):
+        raise RecipeError(f"combine_many: {len(plans)} combinations, but {len(out)} mappings to write them into.")
+    else:
+        for target in out:
+            check_compatible([opened[0], open_target(target)])
+    places = [[target[batch.parts[0].names[0]] for target in out] for batch in batches]
+    work = [
+        (replace(batch, place=as_matrix(tensors)), batch_writer(tensors))
+        for batch, tensors in zip(batches, places, strict=True)
+    ]
+    stream(work, torch.get_num_threads() if threads is None else threads, progress)
+    return [dict(given) for given in out]
+
+
+def _new_rows(batches: Sequence[Batch], names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """New tensors for several results; each tensor's lie beside one another, so that a product can be formed there."""
+    with torch.inference_mode(False):
+        stacks = [torch.empty(len(b.parts), *b.spec.shape, dtype=b.spec.dtype, device="cpu") for b in batches]
+    found = []
+    for row in range(len(batches[0].parts) if batches else 0):
+        by_name = {name: s[row] for b, s in zip(batches, stacks, strict=True) for name in b.parts[0].names}
+        found.append({name: by_name[name] for name in names})
+    return found
+
+
 def plan_combination(
     checkpoints: Sequence[Source | WeightsFile],
     coefficients: Coefficients,
@@ -158,7 +234,9 @@ def _plan(
                 f"the tied tensors {', '.join(names)} share one storage, so they need the same coefficients."
             )
         terms = tuple(
-            Term(file.tensors[names[0]], c, file.label) for file, c in zip(opened, row, strict=True) if c != 0.0
+            Term(file.tensors[names[0]], c, file.label, place)
+            for place, (file, c) in enumerate(zip(opened, row, strict=True))
+            if c != 0.0
         )
         parts.append(Part(names, specs[names[0]], terms, _accumulator(terms, specs[names[0]].dtype, accumulate)))
     return parts

@@ -52,6 +52,27 @@ def inner_products(checkpoints: Sequence[Source | WeightsFile], direction: Mappi
     return found
 
 
+def differing(checkpoints: Sequence[Source | WeightsFile]) -> tuple[str, ...]:
+    """The tensors that are not the same in all checkpoints; frozen ones are, and need not be added to be averaged.
+
+    Args:
+        checkpoints: With the same tensors. One that differs is read as far as its first difference.
+    """
+    first, *others = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+    with single_threaded_torch():
+        return tuple(
+            name for name, stored in first.tensors.items() if not all(_same(stored, o.tensors[name]) for o in others)
+        )
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.spec != b.spec:
+        return False
+    with hold(b.files):
+        scratch = Scratch(CHUNK_BYTES)
+        return all(torch.equal(x, b.read(start, start + len(x), scratch)[0]) for start, x in chunks_of(a))
+
+
 def relative_distance(
     a: Source | WeightsFile, b: Source | WeightsFile, *, scale: float = 1.0, sample: int = 16384
 ) -> float:

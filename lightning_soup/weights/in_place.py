@@ -1,6 +1,7 @@
 """Writing a combination into tensors that exist: a module's, or those of a mapping."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from lightning_soup.errors import IncompatibleIngredients, UnsupportedSetup
 from lightning_soup.progress import Progress, silent
 from lightning_soup.weights.chunks import Part
 from lightning_soup.weights.stored_tensor import MemoryTensor, scatter
-from lightning_soup.weights.streaming import Writer, stream
+from lightning_soup.weights.streaming import BatchWriter, Writer, stream
 from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
 
@@ -68,6 +69,30 @@ def tensor_writer(target: Tensor) -> Writer:
 
     def write(start: int, values: Tensor) -> None:
         flat[start : start + len(values)].copy_(values)
+
+    return write
+
+
+def as_matrix(rows: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie beside one another in one storage as rows ``[B, elements]``; ``None`` where they do not."""
+    first, count = rows[0], rows[0].numel()
+    gaps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(rows)}
+    alike = all(row.is_contiguous() and row.dtype == first.dtype and row.numel() == count for row in rows)
+    one = len({row.untyped_storage().data_ptr() for row in rows}) == 1 and first.device.type == "cpu"
+    if not (alike and one and count and len(gaps) < 2 and min(gaps, default=count) >= count):
+        return None
+    return first.as_strided((len(rows), count), (max(gaps, default=count), 1))
+
+
+def batch_writer(targets: Sequence[Tensor]) -> BatchWriter:
+    """Give a writer of one tensor of several results, each into a tensor of its own."""
+    writers = [tensor_writer(target) for target in targets]
+
+    def write(start: int, values: Sequence[Tensor] | None) -> None:
+        if values is None:
+            return
+        for writer, row in zip(writers, values, strict=True):
+            writer(start, row)
 
     return write
 

@@ -41,11 +41,11 @@ class Scratch:
     """A buffer that is read into again and again, seen as elements of any type.
 
     Args:
-        size: Bytes.
+        room: Bytes; or memory that is there already, of type uint8.
     """
 
-    def __init__(self, size: int) -> None:
-        self._raw = torch.empty(size, dtype=torch.uint8, device="cpu")
+    def __init__(self, room: int | Tensor) -> None:
+        self._raw = torch.empty(room, dtype=torch.uint8, device="cpu") if isinstance(room, int) else room
         self._views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
 
     def view(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
@@ -103,6 +103,10 @@ class FileTensor:
         self.fill(start, values, data)
         return values, data
 
+    def copy(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        """Elements from ``start`` into 1-dimensional ``out``, of any type; ``scratch`` may be the very same memory."""
+        _copy(self, start, out, scratch)
+
     def fill(self, start: int, values: Tensor, data: memoryview) -> None:
         """Read elements from ``start`` in row-major order into ``values``, whose bytes are ``data``."""
         if self.stride:
@@ -140,6 +144,13 @@ class MemoryTensor:
         values, data = scratch.view(self.spec.dtype, stop - start)
         gather(self.value, start, values)
         return values, data
+
+    def copy(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        """As in :class:`FileTensor`."""
+        if self.value.is_contiguous():
+            out.copy_(self.value.view(-1)[start : start + len(out)])
+        else:
+            _copy(self, start, out, scratch)
 
 
 class Shard(Protocol):
@@ -209,6 +220,16 @@ class PiecewiseTensor:
                 _fill_common(piece, box, block, values, data)
             done += block.numel()
         return values, data
+
+    def copy(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        """As in :class:`FileTensor`."""
+        _copy(self, start, out, scratch)
+
+
+def _copy(stored: "StoredTensor", start: int, out: Tensor, scratch: Scratch) -> None:
+    values, _ = stored.read(start, start + len(out), scratch)
+    if values.data_ptr() != out.data_ptr():
+        out.copy_(values)
 
 
 def _rows(piece: Piece) -> tuple[int, int]:

@@ -4,25 +4,31 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_soup.progress import Progress
 from lightning_soup.threads import single_threaded_torch
+from lightning_soup.weights.batches import Batch, BatchBuffers, combine_batch
 from lightning_soup.weights.chunks import Buffers, Part, combine_chunk
 from lightning_soup.weights.data_file import hold
 
 Writer = Callable[[int, Tensor], None]  # is given the first element's number and the values
+BatchWriter = Callable[[int, Sequence[Tensor] | None], None]  # the same, with the values of each, if not in place
+_Unit = tuple[Part | Batch, Callable[[int, Any], None], int, int]
 
 
-def stream(work: Sequence[tuple[Part, Writer]], threads: int, progress: Progress) -> None:
+def stream(
+    work: Sequence[tuple[Part, Writer]] | Sequence[tuple[Batch, BatchWriter]], threads: int, progress: Progress
+) -> None:
     """Form every chunk of every part and hand it to the part's writer.
 
     No thread is left running when it returns or raises, so a writer's file can be closed then.
 
     Args:
-        work: Parts and what takes their values.
+        work: Parts, or batches of them, and what takes their values.
         threads: Threads at most. Which thread forms a chunk does not change its bytes.
         progress: Shows how far it is, in chunks.
     """
@@ -33,14 +39,15 @@ def stream(work: Sequence[tuple[Part, Writer]], threads: int, progress: Progress
         for part, write, step, total in sized
         for start in range(0, total, step)
     )
-    buffers = Buffers()
+    batched = bool(work) and isinstance(work[0][0], Batch)
+    form, buffers = (combine_batch, BatchBuffers()) if batched else (combine_chunk, Buffers())
 
-    def do(unit: tuple[Part, Writer, int, int]) -> None:
+    def do(unit: _Unit) -> None:
         part, write, start, stop = unit
         # Inference mode is per thread. In it, tensors made in or out of inference mode may both be
         # written to.
         with torch.inference_mode():
-            write(start, combine_chunk(part, start, stop, buffers))
+            write(start, form(part, start, stop, buffers))
 
     with ExitStack() as stack:
         stack.enter_context(hold(file for part, _ in work for term in part.terms for file in term.tensor.files))
@@ -58,8 +65,8 @@ def stream(work: Sequence[tuple[Part, Writer]], threads: int, progress: Progress
 
 @contextmanager
 def _threads(
-    do: Callable[[tuple[Part, Writer, int, int]], None],
-    units: Iterator[tuple[Part, Writer, int, int]],
+    do: Callable[[_Unit], None],
+    units: Iterator[_Unit],
     number: int,
 ) -> Iterator["SimpleQueue[BaseException | None]"]:
     """Start threads that each take the next unit as soon as they are free, so none waits for a slow one.

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,13 @@ class WeightsFile(Mapping[str, Tensor]):
 
     def without(self, prefixes: tuple[str, ...]) -> "WeightsFile":
         """These weights without the tensors whose names begin so; this very object where there are none."""
-        left_out = {name for name in self.tensors if name.startswith(prefixes)} if prefixes else set()
+        return self._leaving_out({name for name in self.tensors if name.startswith(prefixes)} if prefixes else set())
+
+    def only(self, names: Collection[str]) -> "WeightsFile":
+        """Some of these tensors; this very object where they are all."""
+        return self._leaving_out({name for name in self.tensors if name not in names})
+
+    def _leaving_out(self, left_out: set[str]) -> "WeightsFile":
         if not left_out:
             return self
         kept = copy.copy(self)
