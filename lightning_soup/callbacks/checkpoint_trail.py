@@ -99,7 +99,8 @@ class CheckpointTrail(Callback):
         resumed = trainer.ckpt_path is not None
         if not resumed:
             self.files, self._steps, self._since = [], 0, 0
-        folder = folder_of_fit(trainer, type(self).__name__, "trail", _name("*"), self.dirpath, resumed, self.files)
+        known = [self._folder / _name("*")] if resumed and self._folder else []
+        folder = folder_of_fit(trainer, type(self).__name__, "trail", _name("*"), self.dirpath, resumed, known)
         self._folder = folder.absolute()
         check_writable_on_rank_zero(
             trainer,
@@ -197,7 +198,8 @@ class CheckpointTrail(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, and its files."""
-        return {"steps": self._steps, "since": self._since, "files": list(self.files)}
+        folder = None if self._folder is None else str(self._folder)
+        return {"steps": self._steps, "since": self._since, "files": list(self.files), "folder": folder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the files of an interrupted fit; ``test(ckpt_path=…)`` leaves them as they are."""
@@ -205,6 +207,7 @@ class CheckpointTrail(Callback):
             return
         self._steps, self._since = int(state_dict["steps"]), int(state_dict["since"])
         self.files = list(state_dict["files"])
+        self._folder = Path(state_dict["folder"]) if state_dict["folder"] else None
 
 
 def _name(step: int | str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_soup.errors import NonFiniteScore
+from lightning_soup.errors import NonFiniteScore, RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator, Split
 from lightning_soup.weights.combine import combine, combine_many
 from lightning_soup.weights.geometry import differing
@@ -31,6 +31,9 @@ class Candidates:
         evaluator: Judges.
         groups: By tensor name, the row of its coefficients.
         memory: Bytes for candidates that are not judged yet.
+
+    Raises:
+        RecipeError: The checkpoints are all the same.
     """
 
     def __init__(
@@ -38,6 +41,11 @@ class Candidates:
     ) -> None:
         self.evaluator, self.groups = evaluator, groups
         names = differing(sources)
+        if not names:
+            raise RecipeError(
+                f"EvolutionarySoup: all {len(sources)} checkpoints hold the same weights, so there is nothing to "
+                "search. Give checkpoints of different steps."
+            )
         self.statistics = tuple(name for name in names if name.endswith((".running_mean", ".running_var")))
         self._sources = [source.only(names) for source in sources]
         slot = evaluator.slot()

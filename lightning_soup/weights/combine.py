@@ -152,7 +152,7 @@ def combine_many(
     plans = [plan_combination(opened, row, accumulate)[1] for row in coefficients]
     batches = [Batch(parts) for parts in zip(*plans, strict=True)]
     if out is None:
-        out = _new_rows(batches, list(opened[0]))
+        out = _new_rows(batches, len(plans), list(opened[0]))
     elif len(out) != len(plans):
         raise RecipeError(f"combine_many: {len(plans)} combinations, but {len(out)} mappings to write them into.")
     else:
@@ -167,12 +167,12 @@ def combine_many(
     return [dict(given) for given in out]
 
 
-def _new_rows(batches: Sequence[Batch], names: Sequence[str]) -> list[dict[str, Tensor]]:
+def _new_rows(batches: Sequence[Batch], count: int, names: Sequence[str]) -> list[dict[str, Tensor]]:
     """New tensors for several results; each tensor's lie beside one another, so that a product can be formed there."""
     with torch.inference_mode(False):
-        stacks = [torch.empty(len(b.parts), *b.spec.shape, dtype=b.spec.dtype, device="cpu") for b in batches]
+        stacks = [torch.empty(count, *b.spec.shape, dtype=b.spec.dtype, device="cpu") for b in batches]
     found = []
-    for row in range(len(batches[0].parts) if batches else 0):
+    for row in range(count):
         by_name = {name: s[row] for b, s in zip(batches, stacks, strict=True) for name in b.parts[0].names}
         found.append({name: by_name[name] for name in names})
     return found

@@ -10,6 +10,7 @@ from lightning_soup.runs.sweep_file import read_sweep_file
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = {
     "image_classifier.yaml": ["fit"],
+    "lcsc.yaml": ["fit"],
     "ama.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
     "aware_net_deepfake.yaml": ["fit"],
     "aware_net_digits.yaml": ["fit"],
