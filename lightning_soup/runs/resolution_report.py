@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ def resolution_picture(found: ResolutionChoice) -> Picture:
     caption = f"{found.metric} and cost over image size, on {found.selection_split}; ringed: chosen"
     with new_figure(7.2, 3.0, pictures, "resolution", caption) as figure:
         left, right = figure.subplots(1, 2)
-        for (task, row), colour, marker in zip(found.scores.items(), (BLUE, *COLOURS), ("o", *MARKERS), strict=False):
+        looks = zip(found.scores.items(), cycle((BLUE, *COLOURS)), cycle(("o", *MARKERS)), strict=False)
+        for (task, row), colour, marker in looks:
             order = sorted(row, key=lambda one: row[one].tokens)
             labels = [str(candidate) for candidate in order]
             values = [scale * row[one].metric for one in order]

@@ -148,3 +148,16 @@ def test_names_of_test_sets_are_unique(root, shifted):
 def test_values_out_of_range(root, options, message):
     with pytest.raises(UnsupportedSetup, match=message):
         ImageFolderDataModule(str(root), **{**SMALL, **options})
+
+
+def test_views_are_what_the_loaders_give(root):
+    datamodule = ImageFolderDataModule(str(root), **SMALL)
+    held_out = datamodule.views("val")
+    assert list(held_out) == ["val"]
+    pairs = [held_out["val"][i] for i in range(len(held_out["val"]))]
+    images, targets = read(datamodule.val_dataloader())
+    assert torch.equal(torch.stack([image for image, _ in pairs]), images)
+    assert [target for _, target in pairs] == targets.tolist()
+    tests = ImageFolderDataModule(str(root), shifted={"again": str(root / "test")}, **SMALL).views("test")
+    assert list(tests) == ["test", "again"]
+    assert all(len(view) == 15 for view in tests.values())

@@ -90,3 +90,31 @@ def test_unknown_model_names(name, message):
 def test_values_out_of_range(make, message):
     with pytest.raises(UnsupportedSetup, match=message):
         make()
+
+
+def test_at_another_size():
+    plain = Preprocessing(img_size=16, mean=[0.2, 0.4, 0.6], std=[0.1, 0.2, 0.5])
+    wide = plain.at_size((8, 24))
+    assert (wide.input_size, plain.input_size) == ((3, 8, 24), (3, 16, 16))  # the one asked is left alone
+    assert (wide.mean, wide.std, wide.crop_pct, wide.interpolation) == (
+        plain.mean,
+        plain.std,
+        plain.crop_pct,
+        plain.interpolation,
+    )
+    image = Image.new("RGB", (40, 30), (51, 102, 153))
+    found = wide.evaluate()(image)
+    assert found.shape == (3, 8, 24)
+    torch.testing.assert_close(found, torch.zeros(3, 8, 24), atol=1e-6, rtol=0)
+
+
+def test_the_whole_image_at_exactly_a_size():
+    # Left black, right white: a crop would move the border from the middle or lose an edge.
+    image = Image.new("RGB", (64, 16))
+    image.paste((255, 255, 255), (32, 0, 64, 16))
+    transform = Preprocessing(img_size=16, mean=[0.5] * 3, std=[0.5] * 3, crop_pct=0.5).exactly((12, 20))
+    found = transform(image)
+    assert found.shape == (3, 12, 20)
+    assert found[:, :, :8].max() < -0.9
+    assert found[:, :, 12:].min() > 0.9
+    torch.testing.assert_close(found[:, :, 9:11].mean(), torch.tensor(0.0), atol=0.05, rtol=0)

@@ -9,6 +9,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from timm.layers import resample_abs_pos_embed
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_soup.cli.soup_cli import SoupCLI
@@ -401,3 +402,21 @@ def test_training_from_nothing_follows_the_seed_of_the_run():
         torch.manual_seed(seed)
         heads.append(ImageClassifier(**TINY).model.get_classifier().weight)
     assert not torch.equal(*heads)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_model_at_another_size(dynamic):
+    torch.manual_seed(0)
+    model = ImageClassifier(**{**TINY, "model_args": {**TINY["model_args"], "dynamic_img_size": dynamic}}).eval()
+    own, before = model.model, {name: value.clone() for name, value in model.state_dict().items()}
+    changed = model.model_at_size((12, 16))
+    assert (changed is own) == dynamic  # which takes any size as it is
+    built = ImageClassifier(**{**TINY, "img_size": (12, 16)}).eval().model
+    state = {name.removeprefix("model."): value for name, value in before.items()}
+    state["pos_embed"] = resample_abs_pos_embed(own.pos_embed, (3, 4), (2, 2), num_prefix_tokens=1)
+    built.load_state_dict(state)
+    images = torch.rand(2, 1, 12, 16)
+    torch.testing.assert_close(changed(images), built(images))
+    assert model.model is own
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.model_at_size((8, 8)) is own

@@ -318,3 +318,22 @@ def test_two_ranks():
 def test_data_without_class_names_or_test_names():
     (result,) = quiet_trainer().validate(tiny_clip(), datamodule=Unnamed(), verbose=False)
     assert result.keys() == {"val_acc", "val_loss"}
+
+
+def test_the_model_at_another_size():
+    model = tiny_clip().eval()
+    own, before = model.model, state(model)
+    size = model.model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    changed = model.model_at_size((2 * side, 2 * side))
+    images = torch.rand(2, 3, 2 * side, 2 * side)
+    assert changed.encode_image(images).shape == (2, changed.visual.output_dim)
+    tokens = model.tokenize(["a b", "c"])
+    torch.testing.assert_close(changed.encode_text(tokens), own.encode_text(tokens))
+    for name, value in changed.state_dict().items():
+        if "visual.positional_embedding" not in name:
+            assert torch.equal(value, own.state_dict()[name])
+    assert model.model is own
+    assert not changed.training
+    assert not [name for name, value in state(model).items() if not torch.equal(value, before[name])]
+    assert model.model_at_size((side, side)) is own

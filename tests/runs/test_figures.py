@@ -6,27 +6,20 @@ import warnings
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_soup.runs import figures, figures_comparison, figures_recipes
 from lightning_soup.runs.figures import distinct, short
 from lightning_soup.runs.report import SoupReport
+from tests.helpers.pictures import figures_kept
 from tests.helpers.reports import entries, fake_report
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn():
     """The figures that were rendered, for a look at their artists."""
-    kept = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        kept.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
+    with figures_kept() as kept:
+        yield kept
 
 
 def texts(figure):

@@ -10,11 +10,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_soup.runs.continual import ContinualResult
 from lightning_soup.runs.figures_continual import draw_continual
+from tests.helpers.pictures import figures_kept
 
 COUNTS = [1, 2, 5, 11, 20]
 LONG = tuple(f"/data/collections/with-a-very-long-name/of-the-year-{i}/and-some-images-in-it" for i in range(11))
@@ -42,11 +42,8 @@ def tasks(count):
 @cache
 def draw(names, value=None):
     """The run, its pictures and their figures by name, with everything in its place. Drawn once: it takes a second."""
-    run, kept, save = result(names, value), [], Figure.savefig
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Figure, "savefig", lambda figure, *args, **kwargs: [kept.append(figure), save(figure, *args, **kwargs)]
-        )
+    run = result(names, value)
+    with figures_kept() as kept:
         pictures = draw_continual(run)
     for figure in kept:
         figure.draw_without_rendering()  # in the resolution that sizes are asked in
