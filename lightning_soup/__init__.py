@@ -30,6 +30,7 @@ _ROOMS = {
         "HandwritingDataModule",
         "ImageFolderDataModule",
         "ReferenceFiles",
+        "TextDataModule",
         "TorchvisionDataModule",
     ),
     "lightning_soup.evaluation": (
@@ -44,7 +45,7 @@ _ROOMS = {
         "smart_resize",
     ),
     "lightning_soup.layers": ("convert_to_dense", "use_experts"),
-    "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "Family", "ImageClassifier", "LoRA", "ZSCL"),
+    "lightning_soup.modules": ("AwareNet", "CLIPClassifier", "CausalLM", "Family", "ImageClassifier", "LoRA", "ZSCL"),
     "lightning_soup.recipes": (
         "AdaptiveSoup",
         "EvolutionarySoup",

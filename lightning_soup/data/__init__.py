@@ -1,4 +1,4 @@
-"""Data modules: handwritten digits that need no network, image folders, and torchvision's sets; references for ZSCL.
+"""Data modules: handwritten digits that need no network, image folders, torchvision's sets, texts; references for ZSCL.
 
 Each name is imported when it is first used, since Lightning and torchvision are slow to import.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_soup.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
     from lightning_soup.data.reference import Reference as Reference
     from lightning_soup.data.reference import ReferenceFiles as ReferenceFiles
+    from lightning_soup.data.texts import TextDataModule as TextDataModule
     from lightning_soup.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
     from lightning_soup.data.transforms import Augmentation as Augmentation
 
@@ -26,6 +27,7 @@ _HOME = {
     "ImageFolderDataModule": "image_folder",
     "Reference": "reference",
     "ReferenceFiles": "reference",
+    "TextDataModule": "texts",
     "TorchvisionDataModule": "torchvision_sets",
 }
 

@@ -1,4 +1,4 @@
-"""LightningModules: an image classifier with any timm model, and one with any open_clip model.
+"""LightningModules: classifiers with any model of timm and of open_clip, ensembles, and any causal language model.
 
 Each name is imported when it is first used, since Lightning, timm and open_clip are slow to import.
 """
@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_soup.modules.causal_lm import CausalLM as CausalLM
     from lightning_soup.modules.classifier import ImageClassifier as ImageClassifier
     from lightning_soup.modules.clip import CLIPClassifier as CLIPClassifier
     from lightning_soup.modules.ensemble import AwareNet as AwareNet
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AwareNet": "ensemble",
     "CLIPClassifier": "clip",
+    "CausalLM": "causal_lm",
     "Family": "families",
     "ImageClassifier": "classifier",
     "LoRA": "lora",

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.image_sizes import patch_of, snapped, timm_at_size
 from lightning_soup.evaluation.sized_modules import rehearse
-from lightning_soup.modules.classification import Batch, ClassificationModule, check_ranges
+from lightning_soup.modules.classification import Batch, ClassificationModule
 from lightning_soup.modules.initial_weights import head_layers, load_initial_weights
 from lightning_soup.modules.lora import LoRA, add_lora, config_in
+from lightning_soup.modules.optimization import check_ranges
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
 from lightning_soup.modules.train_sizes import TrainSizes
 from lightning_soup.weights.formats import ADAPTER_KEY

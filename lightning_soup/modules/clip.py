@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.modules.classification import ClassificationModule, check_ranges
+from lightning_soup.modules.classification import ClassificationModule
 from lightning_soup.modules.clip_head import (
     adopt_head,
     check_classnames,
@@ -30,6 +30,7 @@ from lightning_soup.modules.clip_models import (
     without_tower_weights,
 )
 from lightning_soup.modules.initial_weights import load_initial_weights
+from lightning_soup.modules.optimization import check_ranges
 from lightning_soup.modules.zero_shot import (
     IMAGENET,
     check_tokens,

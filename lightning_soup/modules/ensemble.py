@@ -19,11 +19,11 @@ from lightning_soup.evaluation.mixture import (
     stack_families,
     weights_optimizer,
 )
-from lightning_soup.modules.classification import Batch, ClassificationModule, check_ranges
+from lightning_soup.modules.classification import Batch, ClassificationModule, in_a_loop
 from lightning_soup.modules.ensemble_checks import check_fit, check_kept, check_labels, normalization_of
 from lightning_soup.modules.families import Family, as_families, build_family, label_orders, trained_statistics
 from lightning_soup.modules.held_out import HeldOut, recalibrate_soups
-from lightning_soup.modules.optimization import parameter_groups
+from lightning_soup.modules.optimization import check_ranges, parameter_groups
 from lightning_soup.runs.figures_ensemble import draw_weights, told_weights
 
 __all__ = ["AwareNet"]
@@ -221,7 +221,7 @@ class AwareNet(ClassificationModule):
 
     def _score(self, stage: Literal["val", "test"], logits: Tensor, targets: Tensor, index: int) -> Tensor:
         loss = super()._score(stage, logits, targets, index)
-        if self._logs() and self._competing(stage, index) is None:
+        if in_a_loop(self) and self._competing(stage, index) is None:
             measures = self._measures(stage, index, logits.shape[1])
             measures.update(logits.float().exp(), targets)
             suffix = "" if index == 0 else f"/{self._set_name(stage, index)}"

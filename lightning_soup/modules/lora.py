@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -56,13 +56,16 @@ class LoRA:
         return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()}
 
 
-def add_lora(model: nn.Module, lora: LoRA, heads: Sequence[str] = ()) -> nn.Module:
+def add_lora(
+    model: nn.Module, lora: LoRA, heads: Sequence[str] = (), task: Literal["CAUSAL_LM"] | None = None
+) -> nn.Module:
     """Put adapters into a model and freeze the rest.
 
     Args:
         model: The model.
         lora: The options.
         heads: Its classifier layers, which are trained as a whole unless the options name others.
+        task: Of a transformers model, for the adapter's own loader (``AutoPeftModelForCausalLM``).
 
     Returns:
         A ``PeftModel`` around the model.
@@ -77,6 +80,7 @@ def add_lora(model: nn.Module, lora: LoRA, heads: Sequence[str] = ()) -> nn.Modu
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
         lora_dropout=lora.dropout,
+        task_type=task,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(heads if lora.heads is None else lora.heads) or None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_soup.data.reference import Reference
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.modules.classification import Batch
+from lightning_soup.modules.classification import Batch, in_a_loop
 from lightning_soup.modules.clip import CLIPClassifier
 from lightning_soup.modules.distillation import feature_distillation, similarities, weight_consolidation
 from lightning_soup.modules.teacher import Teacher
@@ -135,7 +135,7 @@ class ZSCL(CLIPClassifier):
             weights = [value for name, value in self.named_parameters() if name in self._start]
             parts["l_wc"] = weight_consolidation(weights, self._start.values())
             loss = loss + self.hparams.consolidation * parts["l_wc"]
-        if self._logs() and len(parts) > 1:
+        if in_a_loop(self) and len(parts) > 1:
             self.log_dict({f"train_{name}": value.detach() for name, value in parts.items()})
         return loss
 

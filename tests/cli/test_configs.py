@@ -23,6 +23,7 @@ COMMANDS = {
     "ewa_vit_cifar100.yaml": ["fit"],
     "ewa_finetune.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "resolution_digits.yaml": ["fit"],
+    "mwa_text.yaml": ["fit"],
     "mwa_lora.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "sms_digits.yaml": ["fit"],
     "sms_vit.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
