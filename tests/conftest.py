@@ -40,5 +40,8 @@ def _same_ground() -> Iterator[None]:
     interrupt = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, interrupt)  # a Trainer that was interrupted ignores all further Ctrl-C
+    now = os.getcwd()
+    os.chdir(folder)
+    assert now == folder, f"the test left the working folder {folder} for {now}: use monkeypatch.chdir"
     left = set(os.listdir(folder)) - before - {".pytest_cache", ".hypothesis"}
     assert not left, f"the test left {', '.join(sorted(left))} in {folder}: write to tmp_path"

@@ -349,7 +349,10 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
     refused("of 18 steps would leave 1 files", CheckpointTrail(every=12, keep=3))
     refused("would leave 0 files", CheckpointTrail(every=4, start=0.9))
     refused("nothing would ever be kept", CheckpointTrail(every=1, start=18))
-    refused("shards", CheckpointTrail(), strategy=ModelParallelStrategy(), devices=1)
+    trail = CheckpointTrail()
+    trainer = quiet_trainer(strategy=ModelParallelStrategy(), callbacks=[trail])
+    with pytest.raises(UnsupportedSetup, match="shards"):
+        trail.setup(trainer, NeverTrained(), "fit")
     (tmp_path / "file").touch()
     refused("dirpath of CheckpointTrail", CheckpointTrail(4, 3, dirpath=str(tmp_path / "file")), UnwritableOutput)
     frozen = NeverTrained()
