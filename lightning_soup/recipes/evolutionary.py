@@ -99,9 +99,9 @@ class EvolutionarySoup(Recipe):
     ridge: float = 0.0
     third: Literal["auto", "require", "ignore"] = "auto"
     finalists: int = 8
-    memory: float = 2.0
+    memory: float = field(default=2.0, repr=False)
     seed: int = 0
-    record: str | None = None
+    record: str | None = field(default=None, repr=False)
     common_start: CommonStart = "require"
 
     needs_evaluator: ClassVar[bool] = True

@@ -81,14 +81,14 @@ class Recipe(ABC):
         """
 
     def __str__(self) -> str:
-        """The recipe as it was called, without arguments that are at their defaults."""
+        """The recipe as it was called, without arguments at their defaults and those that change nothing in the soup."""
         if not is_dataclass(self):
             return type(self).__name__
         changed = []
         for option in fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             default = option.default if option.default_factory is MISSING else option.default_factory()
-            if value != default:
+            if option.repr and value != default:
                 changed.append(f"{option.name}={value}")
         return f"{type(self).__name__}({', '.join(changed)})" if changed else type(self).__name__
 

@@ -305,6 +305,11 @@ def test_a_record_serves_a_larger_budget(tmp_path):
     assert longer.history == soup_of(EvolutionarySoup(budget=90)).history
 
 
+def test_where_it_was_recorded_is_no_part_of_its_name(tmp_path):
+    recipe = EvolutionarySoup(budget=40, memory=0.0, record=str(tmp_path / "search.json"))
+    assert str(recipe) == "EvolutionarySoup(budget=40)"
+
+
 def test_a_record_of_another_search_is_refused(tmp_path):
     path = tmp_path / "search.json"
     soup_of(EvolutionarySoup(budget=20, record=str(path)))
