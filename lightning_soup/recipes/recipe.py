@@ -81,7 +81,7 @@ class Recipe(ABC):
         """
 
     def __str__(self) -> str:
-        """The recipe as it was called, without arguments at their defaults and those that change nothing in the soup."""
+        """The recipe as it was called, without options at their defaults and those that change nothing in the soup."""
         if not is_dataclass(self):
             return type(self).__name__
         changed = []
