@@ -58,6 +58,7 @@ _ROOMS = {
         "Recipe",
         "Soup",
         "UniformSoup",
+        "VarianceCorrectedSoup",
         "gather_ingredients",
         "recook",
     ),

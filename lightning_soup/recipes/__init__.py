@@ -14,3 +14,4 @@ from lightning_soup.recipes.recipe import Recipe as Recipe
 from lightning_soup.recipes.recipe import Soup as Soup
 from lightning_soup.recipes.recipe import Trial as Trial
 from lightning_soup.recipes.uniform import UniformSoup as UniformSoup
+from lightning_soup.recipes.variance_corrected import VarianceCorrectedSoup as VarianceCorrectedSoup

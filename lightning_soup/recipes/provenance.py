@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_soup import __version__
 from lightning_soup.errors import RecipeError
 from lightning_soup.progress import Progress, silent
+from lightning_soup.recipes.finishing import describe_finish, finish_, recorded_finish
 from lightning_soup.recipes.ingredient import refuse_overwriting
-from lightning_soup.recipes.recipe import Soup, reprune_, with_statistics
+from lightning_soup.recipes.recipe import Soup, with_statistics
 from lightning_soup.recipes.soup_output import save_terms
 from lightning_soup.weights.adapter_merging import AdapterMerging
 from lightning_soup.weights.adapters import adapter_in, is_adapter
@@ -54,19 +55,12 @@ def provenance_of(soup: Soup, folder: Path) -> dict[str, Any]:
             for trial in soup.history
         ],
         "notes": list(soup.notes),
-        **_describe_repruned(soup.repruned),
+        **describe_finish(soup.repruned, soup.corrected),
         **({"resampled": {n: plan.plain() for n, plan in soup.resampled.items()}} if soup.resampled else {}),
         **({"merging": _describe_merging(soup.merging, folder)} if soup.merging else {}),
         **({"statistics": _describe_statistics(soup.statistics)} if soup.statistics else {}),
         "versions": {"lightning_soup": __version__, "torch": str(torch.__version__)},
     }
-
-
-def _describe_repruned(repruned: tuple[float, tuple[str, ...], str] | None) -> dict[str, Any]:
-    if repruned is None:
-        return {}
-    share, names, selection = repruned
-    return {"repruned": [share, list(names), selection]}
 
 
 def _describe_merging(merging: AdapterMerging, folder: Path) -> dict[str, Any]:
@@ -147,7 +141,8 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             problems.append(str(error))
     if problems:
         raise RecipeError(f"{path}: cannot be recooked.\n  " + "\n  ".join(problems))
-    repruned, plans = _recorded_pruning(original, record), _recorded_resampling(original, record)
+    repruned, corrected = recorded_finish(original, record)
+    plans = _recorded_resampling(original, record)
     merging = _recorded_merging(original, record, folder)
     target = Path(output) if output is not None else original.path.with_suffix(f".recooked{original.path.suffix}")
     for file in (*opened, original):
@@ -164,9 +159,9 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
     if merging is not None:
         sources, coefficients = merging.terms(sources, coefficients, progress)
     kept = {"like": like, "provenance": record}
-    if repruned is not None:
+    if repruned is not None or corrected:
         weights = combine(sources, coefficients, accumulate=record["accumulate"], progress=progress)
-        reprune_(weights, *repruned)
+        finish_(weights, repruned, corrected)
         save_weights(weights, target, **kept)
     else:
         save_terms(sources, coefficients, target, accumulate=record["accumulate"], progress=progress, **kept)
@@ -177,20 +172,6 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
             stacklevel=2,
         )
     return target
-
-
-def _recorded_pruning(original: WeightsFile, record: Mapping[str, Any]) -> tuple[float, list[str], str] | None:
-    """Which share of which tensors was pruned after combining, and by which selection, if any was."""
-    if "repruned" not in record:
-        return None
-    match record["repruned"]:
-        case [float(share), [*names], str(selection)] if 0 <= share <= 1 and names and {*names} <= {*original.specs}:
-            return share, names, selection
-    raise RecipeError(
-        f"{original.path}: cannot be recooked. Its record of what was pruned after averaging is damaged: expected a "
-        f"share, the names of its tensors and a selection, found {str(record['repruned'])[:100]}. Cook the soup anew "
-        "from its ingredients."
-    )
 
 
 def _recorded_resampling(original: WeightsFile, record: Mapping[str, Any]) -> dict[str, Resampling]:

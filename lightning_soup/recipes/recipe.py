@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator
-from lightning_soup.layers.pruning import prune_
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart
+from lightning_soup.recipes.finishing import Repruning, finish_
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.recipes.soup_output import save_terms
 from lightning_soup.weights.adapter_merging import AdapterMerging
@@ -24,6 +24,7 @@ from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.positions import Resampling, resampled
 from lightning_soup.weights.save import save_weights
+from lightning_soup.weights.variance import Correction
 from lightning_soup.weights.weights_file import Source, WeightsFile, metric_prefixes
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class Soup:
         resampled: Position embeddings that are brought to one grid before combining; see :class:`.LengthAverage`.
         merging: How the ingredients are merged where they are PEFT adapters; ``None``: tensor by tensor.
         third_score: Score on the third split, where that chose among the finalists of a search.
+        corrected: Matrices whose variance is corrected after combining; see :class:`.VarianceCorrectedSoup`.
     """
 
     recipe: str
@@ -155,10 +157,11 @@ class Soup:
     notes: tuple[str, ...] = ()
     accumulate: Literal["float32", "float64"] = "float32"
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    repruned: tuple[float, tuple[str, ...], str] | None = None
+    repruned: Repruning | None = None
     resampled: Mapping[str, Resampling] = field(default_factory=dict)
     merging: AdapterMerging | None = None
     third_score: float | None = None
+    corrected: Mapping[str, Correction] = field(default_factory=dict, repr=False)
 
     def weights(self, out: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The combined weights, in a new dictionary or written into ``out``."""
@@ -167,8 +170,7 @@ class Soup:
             sources = [source.without(metric_prefixes(out)) for source in sources]
         result = combine(sources, coefficients, out, accumulate=self.accumulate)
         assert isinstance(result, dict)
-        if self.repruned is not None:
-            reprune_(result, *self.repruned)
+        finish_(result, self.repruned, self.corrected)
         return result
 
     def rated(self, evaluator: Evaluator | None) -> "Soup":
@@ -250,7 +252,7 @@ class Soup:
         sources, coefficients = self._terms(progress)
         first = self._sources[0] if self.merging is None else sources[0]
         kept = {"like": like or first, "provenance": provenance_of(self, path.parent)}
-        if self.repruned is not None:  # by a threshold over all tensors, which are held for it
+        if self.repruned is not None or self.corrected:  # which needs all tensors, or whole ones
             return save_weights(self.weights(), path, **kept)
         return save_terms(sources, coefficients, path, accumulate=self.accumulate, progress=progress, **kept)
 
@@ -299,11 +301,6 @@ class Soup:
     def _terms(self, progress: Progress = silent) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
         sources, coefficients = with_statistics(self._sources, self.coefficients, self.statistics)
         return (sources, coefficients) if self.merging is None else self.merging.terms(sources, coefficients, progress)
-
-
-def reprune_(weights: Mapping[str, Tensor], share: float, names: Sequence[str], selection: str) -> None:
-    """Prune some tensors of a state dict by magnitude, in place."""
-    prune_({name: weights[name] for name in names}, share, selection=selection)
 
 
 def with_statistics(

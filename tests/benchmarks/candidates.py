@@ -1,4 +1,4 @@
-"""What forming the candidates of a search costs: one combination of K checkpoints, and a whole generation of them.
+"""What forming candidates costs: one combination of K checkpoints, a whole generation of them, a learned soup's step.
 
     python -m tests.benchmarks.candidates --checkpoints 20 --model vit_small_patch16_224
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_soup.weights import combine, open_checkpoint
 from lightning_soup.weights.combine import combine_many
+from lightning_soup.weights.geometry import inner_products
 from tests.benchmarks.measures import Work, in_turn, median_ratio
 
 Weights = Mapping[str, Tensor]
@@ -71,6 +72,7 @@ def _report(
             lambda: combine([out[1], models[0], models[1]], [1.0, 0.1, -0.1], out[0], threads=1),
         ),
     }
+    work["a step of a learned soup, gradients of coefficients too"] = (1, lambda: _learned(models, rows[0], out))
     for number in generations:
         work[f"a generation of {number}"] = (number, _generation(models, rows[:number], out[:number]))
     if peers:
@@ -78,11 +80,16 @@ def _report(
     print(f"\n{title}: CPU time of each candidate, in units of the limit")
     times = in_turn({name: do for name, (_, do) in work.items()}, rounds)
     for name, (number, _) in work.items():
-        print(f"  {name:42} {median_ratio(times[name], times['limit']) / number:6.2f} x")
+        print(f"  {name:58} {median_ratio(times[name], times['limit']) / number:6.2f} x")
 
 
 def _generation(models: Sequence[Weights], rows: Sequence[Sequence[float]], out: Sequence[Weights]) -> Work:
     return lambda: combine_many(models, rows, out, threads=1)
+
+
+def _learned(models: Sequence[Weights], row: Sequence[float], out: Sequence[Weights]) -> None:
+    combine(models, row, out[0], threads=1)
+    inner_products(models, out[1])  # in place of the gradient of the model
 
 
 def _limit(models: Sequence[Weights], out: Mapping[str, Tensor]) -> None:
