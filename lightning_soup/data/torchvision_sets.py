@@ -111,6 +111,8 @@ class TorchvisionDataModule(VisionDataModule):
         crop_pct: Share of the side that the centre crop of evaluation keeps, instead of the model's: 1 for CLIP.
         augmentation: Random changes of the training images.
         val_fraction: Share of the training images held out where the set has no validation part.
+        third_fraction: Share of the validation images that are kept for a third split, which neither trains nor
+            validates; see :class:`.EvolutionarySoup`.
         test_fraction: Share of all images that become the test set where the set comes in one piece.
         seed: Decides which these are.
         batch_size: Images per batch.
@@ -135,6 +137,7 @@ class TorchvisionDataModule(VisionDataModule):
         crop_pct: float | None = None,
         augmentation: Augmentation = DEFAULT_AUGMENTATION,
         val_fraction: float = 0.1,
+        third_fraction: float = 0.0,
         test_fraction: float = 0.2,
         seed: int = 0,
         batch_size: int = 64,
@@ -151,7 +154,7 @@ class TorchvisionDataModule(VisionDataModule):
         if not 0 < test_fraction < 1:
             raise UnsupportedSetup(f"test_fraction={test_fraction}: expected a fraction between 0 and 1.")
         preprocessing = Preprocessing(model_name, img_size, mean, std, crop_pct)
-        super().__init__(preprocessing, augmentation, val_fraction, seed, batch_size, num_workers)
+        super().__init__(preprocessing, augmentation, val_fraction, third_fraction, seed, batch_size, num_workers)
         self.name, self.root, self.download, self.test_fraction = name, root, download, test_fraction
         self.shifted = name_sets(shifted)
         for short, source in self.shifted.items():

@@ -111,6 +111,7 @@ class VisionDataModule(LightningDataModule):
         preprocessing: Preprocessing,
         augmentation: Augmentation,
         val_fraction: float,
+        third_fraction: float,
         seed: int,
         batch_size: int,
         num_workers: int,
@@ -118,14 +119,17 @@ class VisionDataModule(LightningDataModule):
         super().__init__()
         if not 0 < val_fraction < 1:
             raise UnsupportedSetup(f"val_fraction={val_fraction}: expected a fraction between 0 and 1.")
+        if not 0 <= third_fraction < 1:
+            raise UnsupportedSetup(f"third_fraction={third_fraction}: expected 0, or a fraction between 0 and 1.")
         if batch_size < 1 or num_workers < 0:
             raise UnsupportedSetup(
                 f"batch_size={batch_size}, num_workers={num_workers}: expected batch_size ≥ 1 and num_workers ≥ 0."
             )
         self.preprocessing, self.augmentation = preprocessing, augmentation
-        self.val_fraction, self.seed = val_fraction, seed
+        self.val_fraction, self.third_fraction, self.seed = val_fraction, third_fraction, seed
         self.batch_size, self.num_workers = batch_size, num_workers
         self._train: ImageView | None = None
+        self._third: ImageView | None = None
         self._tests: list[ImageView] | None = None
 
     @property
@@ -165,14 +169,19 @@ class VisionDataModule(LightningDataModule):
             self._val = ImageView(own[0], evaluate, class_map=own[1])
         else:
             indices = range(len(images)) if indices is None else indices
-            rest, held_out = self.split(images, indices)
+            rest, held_out = self.split(images, indices, self.val_fraction)
             self._val = ImageView(images, evaluate, [indices[i] for i in held_out])
             indices = [indices[i] for i in rest]
+        if self.third_fraction:
+            every, of_val = self._val.indices, self._val.images
+            rest, third = self.split(of_val, every, self.third_fraction)
+            self._third = ImageView(of_val, evaluate, [every[i] for i in third], self._val.class_map)
+            self._val = ImageView(of_val, evaluate, [every[i] for i in rest], self._val.class_map)
         self._train = ImageView(images, self.preprocessing.train(self.augmentation), indices)
 
-    def split(self, images: Dataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Which of ``indices`` to train on and which to hold out, as places in it."""
-        return random_parts(len(indices), self.val_fraction, self.seed)
+    def split(self, images: Dataset, indices: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+        """Which of ``indices`` to keep and which share of them to hold out, as places in it."""
+        return random_parts(len(indices), fraction, self.seed)
 
     def views(self, split: Literal["val", "test"]) -> dict[str, ImageView]:
         """The images of a split by the name of the set, as they are evaluated."""
@@ -187,6 +196,10 @@ class VisionDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Validation batches."""
         return self._loader(self._val)
+
+    def third_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Images that neither trained nor validate, or no loader at all with ``third_fraction=0``."""
+        return self._loader(self._third) if self.third_fraction else []
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader per entry of ``test_names``."""

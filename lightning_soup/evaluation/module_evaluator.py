@@ -132,7 +132,7 @@ class ModuleEvaluator(Evaluator):
 
     def splits(self) -> tuple[Split, ...]:
         """The validation data, and the third split where the data module has one."""
-        return ("select", "third") if hasattr(self.datamodule, "third_dataloader") else ("select",)
+        return ("select", "third") if self._third_loaders() else ("select",)
 
     def score_on(self, weights: Weights, split: Split) -> float:
         """As :meth:`score`, through the validation step, on the validation data or on the third split."""
@@ -284,18 +284,25 @@ class ModuleEvaluator(Evaluator):
                 self.datamodule.setup("test")
                 made = self.datamodule.test_dataloader()
             elif split == "third":
-                if not hasattr(self.datamodule, "third_dataloader"):
+                made = self._third_loaders()
+                if not made:
                     raise RecipeError(
-                        f"{type(self.datamodule).__name__} has no third_dataloader(); add one for this recipe."
+                        f"{type(self.datamodule).__name__} has no third split. Give it one (third_fraction), or a "
+                        "third_dataloader() of its own."
                     )
-                self._set_up()
-                made = self.datamodule.third_dataloader()
             else:
                 made = self._validation()
             if made is None:
                 raise RecipeError(f"{type(self.datamodule).__name__} gives no data loader for the {split} split.")
             self._loaders[split] = listed(made)
         return self._loaders[split]
+
+    def _third_loaders(self) -> list[Any]:
+        if not hasattr(self.datamodule, "third_dataloader"):
+            return []
+        self._set_up()
+        made = self.datamodule.third_dataloader()
+        return [] if made is None else listed(made)
 
     def _set_up(self) -> None:
         """Have the data module set up as for validation, once."""

@@ -183,8 +183,8 @@ class EvolutionarySoup(Recipe):
         there = "third" in evaluator.splits()
         if self.third == "require" and not there:
             raise RecipeError(
-                "EvolutionarySoup(third='require'): there is no third split to choose on. Give the data module a "
-                "third_dataloader() with images that neither trained nor validate, or leave the option out."
+                "EvolutionarySoup(third='require'): there is no third split to choose on. Give the data module one "
+                "(third_fraction; of your own, a third_dataloader()), or leave the option out."
             )
         return there and self.third != "ignore"
 

@@ -187,3 +187,19 @@ def test_affine_out_of_range(options):
 def test_too_many_images_is_an_error_before_training():
     with pytest.raises(UnsupportedSetup, match="Ask for fewer images"):
         ready(train_size=900)
+
+
+def test_a_third_split_is_of_what_is_left():
+    plain, data = HandwritingDataModule(), HandwritingDataModule(third_size=50)
+    for one in (plain, data):
+        one.setup()
+    assert plain.third_dataloader() == []
+    assert len(data.third_dataloader().dataset) == 50
+    assert torch.equal(plain._val.images, data._val.images)
+    assert torch.equal(plain._train.images, data._train.images)
+    others = torch.cat([data._train.images, data._val.images, data._tests[0].images]).flatten(1)
+    assert not any((image.flatten() == others).all(1).any() for image in data._third.images)
+    with pytest.raises(UnsupportedSetup, match="third_size=5"):
+        HandwritingDataModule(third_size=5)
+    with pytest.raises(UnsupportedSetup, match="third_size=900 need"):
+        HandwritingDataModule(third_size=900).setup()

@@ -161,3 +161,24 @@ def test_views_are_what_the_loaders_give(root):
     tests = ImageFolderDataModule(str(root), shifted={"again": str(root / "test")}, **SMALL).views("test")
     assert list(tests) == ["test", "again"]
     assert all(len(view) == 15 for view in tests.values())
+
+
+@pytest.mark.parametrize("val", ["val", "none"])
+def test_a_third_split_is_taken_from_the_validation_images(root, val):
+    options = {"val": val, "val_fraction": 0.4, **SMALL}
+
+    def pictures(loader):
+        return {tuple(image.flatten()[:40].tolist()) for image in read(loader)[0]}
+
+    plain = ImageFolderDataModule(str(root), **options)
+    plain.setup("fit")
+    assert plain.third_dataloader() == []
+    data = ImageFolderDataModule(str(root), third_fraction=1 / 3, **options)
+    data.setup("fit")
+    held_out, third = pictures(data.val_dataloader()), pictures(data.third_dataloader())
+    assert held_out | third == pictures(plain.val_dataloader())
+    assert not held_out & third
+    assert len(third) == round(len(held_out | third) / 3)
+    assert list(data._train.indices) == list(plain._train.indices)
+    with pytest.raises(UnsupportedSetup, match="third_fraction=1"):
+        ImageFolderDataModule(str(root), third_fraction=1.0, **options)

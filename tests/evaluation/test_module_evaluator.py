@@ -152,7 +152,7 @@ def test_outcomes_of_the_report_split(data):
 
 def test_the_third_split_is_the_data_modules(data):
     evaluator = ModuleEvaluator(TinyClassifier(), data)
-    with pytest.raises(RecipeError, match="no third_dataloader"):
+    with pytest.raises(RecipeError, match="TinyData has no third split"):
         evaluator.outcomes(weights_of(1), "third")
     data.third_dataloader = lambda: DataLoader(data.test[1], 16)
     assert evaluator.outcomes(weights_of(1), "third")["third"].accuracy == pytest.approx(

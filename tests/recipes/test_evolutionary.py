@@ -169,6 +169,14 @@ def test_the_third_split_of_a_data_module_is_judged_by_its_validation_step():
     assert evaluator.score_on(weights, "select") == pytest.approx(-expected, rel=1e-5)
     assert ModuleEvaluator(module, TinyData(), "val_loss").splits() == ("select",)
 
+    class Empty(TinyData):
+        def third_dataloader(self):
+            return []
+
+    assert ModuleEvaluator(module, Empty(), "val_loss").splits() == ("select",)
+    with pytest.raises(RecipeError, match="Empty has no third split"):
+        ModuleEvaluator(module, Empty(), "val_loss").score_on(weights, "third")
+
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
