@@ -65,7 +65,7 @@ def group_parts(keys: Sequence[str], targets: Sequence[int], fraction: float, se
         Indices of the rest and of what is held out, each in ascending order.
 
     Raises:
-        UnsupportedSetup: A class has one group only.
+        UnsupportedSetup: A class has one group only, or none is left of it to train on or to hold out.
     """
     members: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -87,11 +87,19 @@ def group_parts(keys: Sequence[str], targets: Sequence[int], fraction: float, se
         chosen: list[str] = []
         for key in order[:-1]:  # one is left to train on
             size = len(members[key])
-            if not chosen or abs(taken + size - aim) < abs(taken - aim):
+            if abs(taken + size - aim) < abs(taken - aim):
                 chosen.append(key)
                 taken += size
+        chosen = chosen or [min(order, key=lambda key: len(members[key]))]  # where all are much larger than the aim
         held_out += [index for key in chosen for index in members[key]]
     outside = set(range(len(keys))) - set(held_out)
+    trained, kept = ({targets[index] for index in part} for part in (outside, held_out))
+    if missing := trained ^ kept:  # classes whose images are all in groups that count as of another
+        label = min(missing)
+        raise UnsupportedSetup(
+            f"All images of class number {label} would be {'held out' if label in kept else 'trained on'}: they are in "
+            "few groups, beside images of other classes. Try another seed, or give a validation folder."
+        )
     return sorted(outside), sorted(held_out)
 
 

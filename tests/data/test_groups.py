@@ -88,6 +88,19 @@ def test_one_group_of_a_class_cannot_be_split():
         group_parts(["a", "b", "c", "c"], [0, 0, 1, 1], 0.5, 0)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_one_huge_group_is_trained_on(seed):
+    keys = ["huge"] * 500 + [f"v{i // 10}" for i in range(50)]
+    assert len(group_parts(keys, [0] * 550, 0.08, seed)[1]) == 40
+    assert group_parts(["huge"] * 500 + ["small"] * 10, [0] * 510, 0.1, seed)[1] == list(range(500, 510))
+
+
+def test_a_class_that_would_be_on_one_side_only():
+    keys = ["a"] * 10 + ["b"] * 11
+    with pytest.raises(UnsupportedSetup, match="All images of class number 1 would be trained on"):
+        group_parts(keys, [0] * 16 + [1] * 5, 0.1, 0)
+
+
 @pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression"), ("video", "round brackets")])
 def test_patterns_that_cannot_be(tmp_path, pattern, message):
     with pytest.raises(UnsupportedSetup, match=message):
