@@ -20,8 +20,8 @@ __all__ = ["AUC", "Detection", "detection_metrics"]
 class AUC(Metric):
     """Area under the ROC curve, ties counted half; of several classes the mean of each against all others.
 
-    Of several classes only those count that are there. With samples of one class only the area is not defined: NaN, and
-    a warning.
+    Of several classes only those count that are there. With samples of one class only, or a score that is NaN, the area
+    is not defined: NaN, and a warning.
 
     Args:
         positive: The class whose probability is judged, of two.
@@ -53,9 +53,21 @@ class AUC(Metric):
                 stacklevel=2,
             )
             return scores.new_tensor(float("nan"))
+        if broken := int(scores.isnan().any(dim=1).sum()):
+            warnings.warn(
+                f"AUC: the probabilities of {broken} of {len(targets)} samples are NaN, so the area under the ROC curve "
+                "is not defined (NaN). Look for a member whose training diverged.",
+                stacklevel=2,
+            )
+            return scores.new_tensor(float("nan"))
         judged = [self.positive] if scores.shape[1] == 2 else present
-        areas = [binary_auroc(scores[:, label].contiguous(), (targets == label).long()) for label in judged]
-        return torch.stack(areas).mean()
+        return torch.stack([_area(scores[:, label], targets == label) for label in judged]).mean()
+
+
+def _area(scores: Tensor, positive: Tensor) -> Tensor:
+    """The area of ranks: torchmetrics takes scores for logits where one is above 1, if only by rounding."""
+    ranks = scores.unique(return_inverse=True)[1]
+    return binary_auroc(ranks / len(scores), positive.long())
 
 
 class Detection(Metric):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torchmetrics.functional.classification import (
@@ -67,6 +69,17 @@ def test_one_class_only_is_nan_and_a_warning(classes):
     metric.update(torch.full((5, classes), 1 / classes), torch.ones(5, dtype=torch.long))
     with pytest.warns(UserWarning, match="all 5 samples are of the class 1, .*not defined"):
         assert metric.compute().isnan()
+
+
+def test_a_probability_that_rounding_puts_above_1_makes_no_ties():
+    positive = torch.tensor([1e-12, 3e-12, 2e-12, 1 + 1.2e-7])
+    targets = torch.tensor([0, 1, 0, 1])
+    assert measured(both(positive), targets, 2)["auc"] == 1
+
+
+def test_a_probability_that_is_nan_has_no_rank():
+    with pytest.warns(UserWarning, match="probabilities of 1 of 4 samples are NaN"):
+        assert math.isnan(measured(both(torch.tensor([0.1, 0.9, math.nan, 0.3])), torch.tensor([0, 1, 1, 0]), 2)["auc"])
 
 
 def test_nothing_detected_is_no_nan():
