@@ -15,9 +15,10 @@ from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.family_predictions import (
     FamilyPredictions,
-    check_predictions,
     gathered,
     held_out_predictions,
+    joined,
+    predicted,
 )
 from lightning_soup.evaluation.mixture import check_min_alpha, entropy, learn_weights, log_alpha, mix, stack_families
 from lightning_soup.evaluation.own_loops import OwnLoops
@@ -46,8 +47,8 @@ class LearnableEnsembleWeights(Callback):
     rewards the most overfitted family; here it is learned on held-out data.
 
     Args:
-        when: ``fit_end``: once, in one pass when the fit ends; or ``validation``: after every validation, from its
-            batches, at the cost of predicting them a second time.
+        when: ``fit_end``: once, in one pass when the fit ends; or ``validation``: after every validation of the fit,
+            from its batches, at the cost of predicting them a second time. ``trainer.validate`` learns nothing.
         min_alpha: No family gets less: α = min_alpha + (1 − K · min_alpha) softmax(w).
 
     Attributes:
@@ -55,8 +56,9 @@ class LearnableEnsembleWeights(Callback):
         names: Names of the families.
 
     Raises:
-        UnsupportedSetup: Before training: the module does not say its families, there is no validation data,
-            ``min_alpha`` is not below 1/K, or the strategy shards parameters. Later: members of other shapes.
+        UnsupportedSetup: Before training: the module does not say its families or learns such weights itself, there is
+            no validation data, ``min_alpha`` is not below 1/K, or the strategy shards parameters. Later: members of
+            other shapes, or batches that are no pairs of inputs and classes.
         NonFiniteWeights: A family predicts NaN.
     """
 
@@ -111,6 +113,13 @@ class LearnableEnsembleWeights(Callback):
         self.names = names
         check_min_alpha(self.min_alpha, len(names))
         if stage == "fit":
+            from lightning_soup.modules.ensemble import AwareNet  # imports timm
+
+            if isinstance(pl_module, AwareNet) and pl_module.hparams.freeze_members:
+                raise UnsupportedSetup(
+                    f"{name} beside AwareNet(freeze_members=True), which learns these weights itself. Leave the "
+                    "callback out, or train the members with freeze_members=False."
+                )
             instead = "learn_weights on predictions of your own"
             check_strategy(trainer, name, "its members could not predict outside a step", instead=instead)
             if not trainer.fast_dev_run and not trainer.enable_validation:
@@ -133,16 +142,15 @@ class LearnableEnsembleWeights(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep what the families predict of the first loader's batches."""
-        if self.when == "validation" and dataloader_idx == 0 and not trainer.sanity_checking:
-            log_p = self._predicted(trainer, pl_module, batch)
-            check_predictions(log_p, batch[1], self.names)
-            self._parts.append(FamilyPredictions(log_p.cpu(), batch[1].cpu()))
+        in_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if self.when == "validation" and dataloader_idx == 0 and in_fit:
+            self._parts.append(predicted(pl_module, batch, self.names, trainer.precision_plugin).cpu())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn from them, and log."""
         if self.when != "validation" or not self._parts:
             return
-        found = FamilyPredictions(*(torch.cat(column).clone() for column in zip(*self._parts, strict=True)))
+        found = joined(self._parts)
         self._parts = []
         loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader.flattened[0]
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
@@ -158,7 +166,12 @@ class LearnableEnsembleWeights(Callback):
             source = trainer.fit_loop.epoch_loop.val_loop._data_source
             shows = trainer.is_global_zero and trainer.progress_bar_callback is not None
             found = held_out_predictions(
-                trainer, loops, self.names, source.dataloader(), rich_progress if shows else silent
+                trainer,
+                loops,
+                self.names,
+                source.dataloader(),
+                trainer.limit_val_batches,
+                rich_progress if shows else silent,
             )
             values = self._learn(found)
             for logger in trainer.loggers:
@@ -179,7 +192,7 @@ class LearnableEnsembleWeights(Callback):
         """Log the ensemble's figures."""
         if self.w is None:
             return
-        log_p, targets = self._predicted(trainer, pl_module, batch), batch[1]
+        log_p, targets = predicted(pl_module, batch, self.names, trainer.precision_plugin)
         learned = mix(log_p, self.log_alpha.to(log_p))
         alike = mix(log_p, torch.full_like(log_p[0, :, 0], -math.log(len(self.names))))
         values = {
@@ -213,10 +226,6 @@ class LearnableEnsembleWeights(Callback):
         self._history = [list(row) for row in state_dict["history"]]
 
     # -------------------------------------------------------------------------------------------------------- helpers
-
-    def _predicted(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
-        with trainer.precision_plugin.forward_context(), torch.no_grad():
-            return stack_families(pl_module.member_logits(trainer.precision_plugin.convert_input(batch)), self.names)
 
     def _learn(self, found: FamilyPredictions) -> dict[str, float]:
         """Learn w, and give what is logged of it."""

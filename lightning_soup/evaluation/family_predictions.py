@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -29,6 +30,10 @@ class FamilyPredictions(NamedTuple):
     log_p: Tensor
     targets: Tensor
 
+    def cpu(self) -> "FamilyPredictions":
+        """The same on the CPU."""
+        return FamilyPredictions(self.log_p.cpu(), self.targets.cpu())
+
 
 def predictions_of(loops: OwnLoops, names: Sequence[str], batches: Iterable[Any]) -> FamilyPredictions:
     """Let every member predict batches once, in evaluation mode and without gradients.
@@ -48,23 +53,44 @@ def predictions_of(loops: OwnLoops, names: Sequence[str], batches: Iterable[Any]
     parts = []
     with loops.apart(), torch.inference_mode():
         for batch in batches:
-            batch = loops.precision.convert_input(loops.placed(batch))
-            if not isinstance(batch, (list, tuple)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-                raise UnsupportedSetup(
-                    f"Weights of families are learned from batches (inputs, targets), got {type(batch).__name__}. "
-                    "Change the validation loader."
-                )
-            with loops.precision.forward_context():
-                log_p = stack_families(loops.module.member_logits(batch), names)
-            check_predictions(log_p, batch[1], names)
-            parts.append((log_p.cpu(), batch[1].cpu()))
+            parts.append(predicted(loops.module, loops.placed(batch), names, loops.precision).cpu())
+    return joined(parts)
+
+
+def predicted(module: LightningModule, batch: Any, names: Sequence[str], precision: Precision) -> FamilyPredictions:
+    """What the families predict of one batch on the module's device; raises as :func:`predictions_of`."""
+    batch = precision.convert_input(batch)
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        raise UnsupportedSetup(
+            f"Weights of families are learned from batches (inputs, targets), got {type(batch).__name__}. "
+            "Change the loader."
+        )
+    with precision.forward_context(), torch.no_grad():
+        log_p = stack_families(module.member_logits(batch), names)
+    targets = batch[1]
+    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if targets.shape != log_p.shape[:1] or not whole:
+        raise UnsupportedSetup(
+            f"The targets are {targets.dtype} of shape {list(targets.shape)}; expected the number of "
+            f"the class of each of the {len(log_p)} samples, torch.int64 of shape [{len(log_p)}]. Change the data set."
+        )
+    _check(log_p, targets, names)
+    return FamilyPredictions(log_p, targets.long())
+
+
+def joined(parts: Sequence[FamilyPredictions]) -> FamilyPredictions:
+    """The predictions of several batches as one.
+
+    Raises:
+        UnsupportedSetup: There are none.
+    """
     if not parts:
         raise UnsupportedSetup("There are no held-out batches to learn the weights of families from.")
     log_p, targets = (torch.cat(column) for column in zip(*parts, strict=True))
-    return FamilyPredictions(log_p.clone(), targets.clone())
+    return FamilyPredictions(log_p.clone(), targets.clone())  # no tensors of inference mode
 
 
-def check_predictions(log_p: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+def _check(log_p: Tensor, targets: Tensor, names: Sequence[str]) -> None:
     """Refuse NaN, which would make every weight NaN, and answers that are no classes.
 
     Raises:
@@ -86,15 +112,21 @@ def check_predictions(log_p: Tensor, targets: Tensor, names: Sequence[str]) -> N
 
 
 def held_out_predictions(
-    trainer: Trainer, loops: OwnLoops, names: Sequence[str], loaders: Any, progress: Progress = silent
+    trainer: Trainer,
+    loops: OwnLoops,
+    names: Sequence[str],
+    loaders: Any,
+    limit: int | float,
+    progress: Progress = silent,
 ) -> FamilyPredictions:
-    """Predictions of the first of a fit's validation loaders; each rank predicts its share, and all get the whole.
+    """Predictions of the first of some loaders of a fit; each rank predicts its share, and all get the whole.
 
     Args:
         trainer: The Trainer, in ``fit``.
         loops: See :func:`predictions_of`.
         names: Likewise.
         loaders: The loaders, as their hook gives them.
+        limit: The Trainer's ``limit_…_batches`` for them.
         progress: Shows how far it has come.
 
     Raises:
@@ -110,7 +142,7 @@ def held_out_predictions(
     if trainer.world_size > 1 and isinstance(loader, DataLoader):
         loader = trainer._data_connector._prepare_dataloader(loader, shuffle=False, mode=RunningStage.VALIDATING)
         shared = isinstance(loader.sampler, DistributedSampler)
-    batches = limited(loader, trainer.limit_val_batches)
+    batches = limited(loader, limit)
     count = len(batches) if hasattr(batches, "__len__") else None
     found = predictions_of(loops, names, progress(batches, "predictions of the members", count))
     return gathered(trainer, found, len(loader.dataset)) if shared else found

@@ -1,6 +1,7 @@
 """How an ensemble with frozen members is trained: on what they predicted of held-out images, once."""
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,17 +49,23 @@ class HeldOut:
             NonFiniteWeights: A member predicts NaN.
         """
         loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop)
-        chosen = loops[0] if module.hparams.learn_on == "train" else loops[1]
+        on_training = module.hparams.learn_on == "train"
+        chosen = loops[0] if on_training else loops[1]
+        limit = trainer.limit_train_batches if on_training else trainer.limit_val_batches
         loaders = chosen._data_source.dataloader() if chosen._data_source.is_defined() else None
         shows = trainer.is_global_zero and trainer.progress_bar_callback is not None
         found = held_out_predictions(
-            trainer, own_loops(module, trainer), module.family_names, loaders, rich_progress if shows else silent
+            trainer, own_loops(module, trainer), module.family_names, loaders, limit, rich_progress if shows else silent
         )
         selector = trainer._data_connector._datahook_selector
         own = cls([(loop._data_source, loop._data_source.instance) for loop in loops], (selector, selector.datamodule))
         for source, _ in own.sources:
             source.instance = _OneBatch(found)
         selector.datamodule = None  # whose hooks may augment images
+        with _limits_of_one_batch(trainer):
+            for loop in loops:
+                loop._combined_loader = None  # of the images, where a callback has asked how many steps there will be
+                loop.setup_data()
         return own
 
     def put_back(self) -> None:
@@ -66,6 +73,20 @@ class HeldOut:
         for source, instance in self.sources:
             source.instance = instance
         self.hooks[0].datamodule = self.hooks[1]
+
+
+@contextmanager
+def _limits_of_one_batch(trainer: Trainer) -> Iterator[None]:
+    """Limits that hold for the loaders of images, for their one batch: a share of it would be none."""
+    limits = {"limit_train_batches": trainer.limit_train_batches, "limit_val_batches": trainer.limit_val_batches}
+    one = {name: 1.0 if limit else limit for name, limit in limits.items()}
+    if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is not None:
+        limits["val_check_interval"], one["val_check_interval"] = trainer.val_check_interval, 1.0
+    vars(trainer).update(one)
+    try:
+        yield
+    finally:
+        vars(trainer).update(limits)
 
 
 def own_loops(module: "AwareNet", trainer: Trainer) -> OwnLoops:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import nll_loss
+from torch.utils.data import DataLoader
 
 from lightning_soup import AwareNet, LearnableEnsembleWeights
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
@@ -198,6 +199,18 @@ def test_a_validation_that_breaks_off_leaves_nothing_behind():
     torch.testing.assert_close(callback.w, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("when", ["fit_end", "validation"])
+def test_nothing_is_learned_outside_a_fit(when):
+    callback = LearnableEnsembleWeights(when)
+    module, trainer = fit(callback)
+    before = callback.w.clone()
+    trainer.validate(module, TinyData().test_dataloader()[1], verbose=False)
+    assert torch.equal(callback.w, before)
+    fresh = LearnableEnsembleWeights(when)
+    quiet_trainer(callbacks=[fresh]).validate(module, datamodule=TinyData(), verbose=False)
+    assert fresh.w is None
+
+
 class Misnamed(TwoHeads):
     family_names = ()
 
@@ -208,6 +221,7 @@ class Misnamed(TwoHeads):
         (TinyClassifier, {}, "TinyClassifier lacks them"),
         (Misnamed, {}, "family_names; Misnamed lacks them"),
         (TwoHeads, {"limit_val_batches": 0}, "there is none"),
+        (lambda: AwareNet(three_families(), num_classes=3), {}, "learns these weights itself"),
     ],
 )
 def test_modules_and_trainers_that_cannot_be(module, options, message):
@@ -227,6 +241,19 @@ def test_options_that_cannot_be():
     module = AwareNet(three_families(), num_classes=3, freeze_members=False)
     with pytest.raises(UnsupportedSetup, match="weights are of the families wide, narrow, but AwareNet has good"):
         quiet_trainer(max_epochs=1, callbacks=[callback]).fit(module, datamodule=HeldOutData())
+
+
+@pytest.mark.parametrize("when", ["fit_end", "validation"])
+def test_batches_that_are_no_pairs(when):
+    class OfDicts(TwoHeads):
+        def member_logits(self, batch):
+            return super().member_logits((batch["x"],) if isinstance(batch, dict) else batch)
+
+    x, y = TinyData().val.tensors
+    loader = DataLoader([{"x": one, "y": other} for one, other in zip(x, y, strict=True)], 16)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[LearnableEnsembleWeights(when)])
+    with pytest.raises(UnsupportedSetup, match=r"batches \(inputs, targets\), got dict"):
+        trainer.fit(OfDicts(), TinyData().train_dataloader(), loader)
 
 
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
