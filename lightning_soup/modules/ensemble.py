@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -20,7 +21,14 @@ from lightning_soup.evaluation.mixture import (
     weights_optimizer,
 )
 from lightning_soup.modules.classification import Batch, ClassificationModule, in_a_loop
-from lightning_soup.modules.ensemble_checks import check_fit, check_kept, check_labels, normalization_of
+from lightning_soup.modules.ensemble_checks import (
+    check_fit,
+    check_kept,
+    check_labels,
+    check_positive,
+    check_trained,
+    note_normalization,
+)
 from lightning_soup.modules.families import Family, as_families, build_family, label_orders, trained_statistics
 from lightning_soup.modules.held_out import HeldOut, recalibrate_soups
 from lightning_soup.modules.optimization import check_ranges, parameter_groups
@@ -62,8 +70,8 @@ class AwareNet(ClassificationModule):
         in_chans: Colour channels of the images.
         positive: Of two classes the one that is detected (F1, precision, recall), by name or number.
         class_names: Names of the classes in the order of the outputs; by default those of the data.
-        data_mean: Mean that the data module normalised images with, for families with a normalisation of their own; by
-            default what the data module says.
+        data_mean: Mean that images are normalised with, for families with a normalisation of their own, where the data
+            module does not say it.
         data_std: Deviation likewise.
         learn_on: The loader whose images are held out: ``val``, or ``train`` where the members were trained elsewhere.
         lr: Highest learning rate of the members.
@@ -189,6 +197,10 @@ class AwareNet(ClassificationModule):
         lr, decay = self.hparams.lr, self.hparams.weight_decay
         every = [member for members in self.members for member in members]
         groups = [group for member in every for group in parameter_groups(member, lr, decay, None)]
+        taken: set[nn.Parameter] = set()
+        for group in groups:  # members may share layers
+            group["params"] = [parameter for parameter in group["params"] if parameter not in taken]
+            taken.update(group["params"])
         lr_w = 10 * lr if self.hparams.lr_w is None else self.hparams.lr_w
         return [*groups, {"params": [self.w], "lr": lr_w, "weight_decay": 0.0}]
 
@@ -256,13 +268,23 @@ class AwareNet(ClassificationModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work before any training."""
-        normalization_of(self, self.trainer)
-        check_labels(self, self.trainer, self._orders)
+        self.check_data(self.trainer.datamodule)
+        check_positive(self)
         if stage == "fit":
-            check_fit(self, self.trainer, self._untrained)
+            check_fit(self, self.trainer)
+
+    def check_data(self, datamodule: LightningDataModule | None) -> None:
+        """Note how a data module normalises images and what it calls the classes.
+
+        Raises:
+            UnsupportedSetup: It does not say, or numbers the classes differently.
+        """
+        note_normalization(self, datamodule)
+        check_labels(self, datamodule, self._orders)
 
     def on_fit_start(self) -> None:
         """Estimate the statistics of soups anew, and let frozen members predict the held-out images, once."""
+        check_trained(self, self._untrained)  # a checkpoint is restored by now
         if self._stale:
             recalibrate_soups(self, self.trainer, self._stale)
             self._stale = []

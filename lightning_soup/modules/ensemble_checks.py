@@ -12,16 +12,11 @@ from lightning_soup.weights.formats import CLASS_NAMES_KEY
 if TYPE_CHECKING:
     from lightning_soup.modules.ensemble import AwareNet
 
-__all__ = ["check_fit", "check_kept", "check_labels", "normalization_of"]
+__all__ = ["check_fit", "check_kept", "check_labels", "check_positive", "check_trained", "note_normalization"]
 
 
-def check_fit(module: "AwareNet", trainer: Trainer, untrained: Sequence[str]) -> None:
+def check_fit(module: "AwareNet", trainer: Trainer) -> None:
     """Refuse a fit that could not learn w.
-
-    Args:
-        module: The ensemble.
-        trainer: Its Trainer.
-        untrained: Families whose members have random weights, or random heads.
 
     Raises:
         UnsupportedSetup: Says what to do instead.
@@ -33,12 +28,6 @@ def check_fit(module: "AwareNet", trainer: Trainer, untrained: Sequence[str]) ->
         )
     if not module.hparams.freeze_members:
         return
-    if untrained:
-        raise UnsupportedSetup(
-            f"freeze_members=True, but the members of {', '.join(untrained)} have random weights or heads: nothing "
-            "would be learned but how to weigh guesses. Give Family(checkpoints=[…]), or train all with "
-            "freeze_members=False."
-        )
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise UnsupportedSetup(
@@ -52,16 +41,34 @@ def check_fit(module: "AwareNet", trainer: Trainer, untrained: Sequence[str]) ->
         )
 
 
-def normalization_of(module: "AwareNet", trainer: Trainer) -> None:
-    """Note how the data module normalises images, where a family wants to know.
+def check_trained(module: "AwareNet", untrained: Sequence[str]) -> None:
+    """Refuse to weigh guesses.
+
+    Args:
+        module: The ensemble.
+        untrained: Families whose members have random weights, or random heads.
 
     Raises:
-        UnsupportedSetup: It does not say.
+        UnsupportedSetup: There are such families, and they are frozen.
     """
-    preprocessing = getattr(trainer.datamodule, "preprocessing", None)
+    if untrained and module.hparams.freeze_members:
+        raise UnsupportedSetup(
+            f"freeze_members=True, but the members of {', '.join(untrained)} have random weights or heads: nothing "
+            "would be learned but how to weigh guesses. Give Family(checkpoints=[…]), or train all with "
+            "freeze_members=False."
+        )
+
+
+def note_normalization(module: "AwareNet", datamodule: Any) -> None:
+    """Note how the data module normalises images, which may be other than that of the last run.
+
+    Raises:
+        UnsupportedSetup: It does not say, and a family wants to know.
+    """
+    preprocessing = getattr(datamodule, "preprocessing", None)
     for option, attribute in (("data_mean", "mean"), ("data_std", "std")):
         found = getattr(preprocessing, attribute, None)
-        if module.hparams[option] is None and found is not None:
+        if found is not None:
             module.hparams[option] = [float(value) for value in found]
     wanting = [n for n, i in zip(module.family_names, module.inputs, strict=True) if i.mean is not None]
     if wanting and (module.hparams.data_mean is None or module.hparams.data_std is None):
@@ -72,18 +79,18 @@ def normalization_of(module: "AwareNet", trainer: Trainer) -> None:
         )
 
 
-def check_labels(module: "AwareNet", trainer: Trainer, orders: Mapping[str, Sequence[str]]) -> None:
+def check_labels(module: "AwareNet", datamodule: Any, orders: Mapping[str, Sequence[str]]) -> None:
     """Make sure that data, members and the ensemble number the classes alike, and note their names.
 
     Args:
         module: The ensemble.
-        trainer: Its Trainer.
+        datamodule: The data, or None.
         orders: Names of the classes by member file, where it has them.
 
     Raises:
-        UnsupportedSetup: Other classes, another order, or a positive class that there is not.
+        UnsupportedSetup: Other classes, or another order.
     """
-    hparams, datamodule = module.hparams, trainer.datamodule
+    hparams = module.hparams
     of_data = getattr(datamodule, CLASS_NAMES_KEY, None)
     classes = getattr(datamodule, "num_classes", None)
     if isinstance(classes, int) and classes != hparams.num_classes:
@@ -91,8 +98,9 @@ def check_labels(module: "AwareNet", trainer: Trainer, orders: Mapping[str, Sequ
             f"The data has {classes} classes, the ensemble {hparams.num_classes}. Set num_classes={classes}, with "
             "members for these classes."
         )
-    if hparams.class_names is None and of_data is not None:
-        hparams.class_names = [str(name) for name in of_data]
+    known = [names for names in (of_data, *orders.values()) if names is not None]
+    if hparams.class_names is None and known:
+        hparams.class_names = [str(name) for name in known[0]]
     expected = hparams.class_names
     told = {"the data": of_data, **orders} if expected is not None else {}
     for place, names in told.items():
@@ -106,14 +114,23 @@ def check_labels(module: "AwareNet", trainer: Trainer, orders: Mapping[str, Sequ
         raise UnsupportedSetup(
             f"class_names={expected}: expected {hparams.num_classes} names, one for each output (num_classes)."
         )
-    positive = hparams.positive
+
+
+def check_positive(module: "AwareNet") -> None:
+    """Refuse a positive class that there is not.
+
+    Raises:
+        UnsupportedSetup: Says which there are.
+    """
+    positive, expected = module.hparams.positive, module.hparams.class_names
     if isinstance(positive, str) and positive not in (expected or []):
         raise UnsupportedSetup(
             f"positive={positive!r} is not one of the classes {', '.join(expected or ['(no names are known)'])}. Name "
             "one of them, or give its number."
         )
-    if not isinstance(positive, str) and not 0 <= positive < hparams.num_classes:
-        raise UnsupportedSetup(f"positive={positive}: expected a class, 0 to {hparams.num_classes - 1}, or its name.")
+    classes = module.hparams.num_classes
+    if not isinstance(positive, str) and not 0 <= positive < classes:
+        raise UnsupportedSetup(f"positive={positive}: expected a class, 0 to {classes - 1}, or its name.")
 
 
 def check_kept(module: "AwareNet", kept: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:

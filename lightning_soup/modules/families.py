@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from glob import glob, has_magic
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from lightning_soup.evaluation.own_loops import normed
 from lightning_soup.modules.initial_weights import load_initial_weights
 from lightning_soup.modules.timm_models import build_timm_model
 from lightning_soup.recipes import UniformSoup
+from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.formats import CLASS_NAMES_KEY
 from lightning_soup.weights.weights_file import open_checkpoint
 
@@ -53,7 +55,7 @@ class Family:
     modules: list[nn.Module] | None = None
     name: str | None = None
     members: int | None = None
-    checkpoints: list[str] | None = None
+    checkpoints: list[str | PathLike] | None = None
     prefix: str = "model."
     pretrained: bool = False
     model_args: dict[str, Any] | None = None
@@ -67,6 +69,11 @@ class Family:
             raise UnsupportedSetup(
                 f"Family {self.title}: expected either model, the name of a timm model, or modules, networks of your "
                 "own (which a checkpoint does not hold: give families again to load it)."
+            )
+        if isinstance(self.checkpoints, (str, PathLike)):
+            raise UnsupportedSetup(
+                f"Family {self.title}: checkpoints={str(self.checkpoints)!r}, expected a list of files or patterns: "
+                f"[{str(self.checkpoints)!r}]."
             )
         for option, least in (("members", self.members), ("img_size", self.img_size)):
             if least is not None and least < 1:
@@ -97,7 +104,9 @@ class Family:
         """
         found = []
         for given in self.checkpoints or []:
-            matches = sorted(glob(given, recursive=True)) if has_magic(given) else [given]
+            path = user_path(given)  # a folder may be called run[1], which as a pattern would be run1
+            pattern = has_magic(str(path)) and not path.exists()
+            matches = sorted(glob(str(path), recursive=True)) if pattern else [str(path)]
             if not matches:
                 raise UnsupportedSetup(f"Family {self.title}: no file is called {given}. Check the pattern.")
             found += matches
@@ -165,8 +174,17 @@ class FamilyInput(nn.Module):
         self.size, self.mean, self.std = size, mean, std
 
     def forward(self, images: Tensor, data_mean: Sequence[float] | None, data_std: Sequence[float] | None) -> Tensor:
-        """Images ``[B, C, H, W]`` that are normalised as the data says; computed in float32."""
+        """Images ``[B, C, H, W]`` that are normalised as the data says; computed in float32.
+
+        Raises:
+            UnsupportedSetup: The family has a normalisation of its own, and the data's is not known.
+        """
         found = images
+        if self.mean is not None and (data_mean is None or data_std is None):
+            raise UnsupportedSetup(
+                f"A family wants images normalised with mean={list(self.mean)}, but it is not known what they are "
+                "normalised with now. Give AwareNet(data_mean=[…], data_std=[…]), or Family(normalization='data')."
+            )
         if self.mean is not None and (list(self.mean), list(self.std)) != (list(data_mean), list(data_std)):
             of_data, of_family = ((mean, std) for mean, std in ((data_mean, data_std), (self.mean, self.std)))
             scale = torch.tensor(of_data[1], device=images.device) / torch.tensor(of_family[1], device=images.device)

@@ -3,10 +3,11 @@
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -143,7 +144,15 @@ def test_loaders_instead_of_a_data_module():
 
 @pytest.mark.parametrize(
     "options",
-    [{"accumulate_grad_batches": 4}, {"gradient_clip_val": 1e-6}, {"num_sanity_val_steps": 0}, {"max_epochs": 1}],
+    [
+        {"accumulate_grad_batches": 4},
+        {"gradient_clip_val": 1e-6},
+        {"num_sanity_val_steps": 0},
+        {"max_epochs": 1},
+        {"limit_train_batches": 0.1},
+        {"val_check_interval": 3},
+        {"val_check_interval": 0.5},
+    ],
     ids=str,
 )
 def test_the_trainers_options_do_not_change_what_is_best(options):
@@ -151,6 +160,35 @@ def test_the_trainers_options_do_not_change_what_is_best(options):
     quiet_trainer(**{"max_epochs": 5, **options}).fit(module, datamodule=HeldOutData())
     quiet_trainer(max_epochs=5).fit(reference, datamodule=HeldOutData())
     torch.testing.assert_close(module.log_alpha.exp(), reference.log_alpha.exp(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("learn_on", "other"), [("val", "train"), ("train", "val")])
+def test_a_share_of_the_held_out_data(learn_on, other):
+    module, data = ensemble(learn_on=learn_on), HeldOutData()
+    trainer = quiet_trainer(max_epochs=5, **{f"limit_{learn_on}_batches": 0.5, f"limit_{other}_batches": 1})
+    trainer.fit(module, datamodule=data)
+    assert module.members[0][0].seen == {"val": 2, "train": 3}[learn_on] * 16
+    assert getattr(trainer, f"limit_{learn_on}_batches") == 0.5  # as before
+
+
+def test_learning_on_the_training_loader_without_validation():
+    module, reference = ensemble(learn_on="train"), ensemble(learn_on="train")
+    quiet_trainer(max_epochs=5, limit_val_batches=0).fit(module, datamodule=HeldOutData())
+    quiet_trainer(max_epochs=5).fit(reference, datamodule=HeldOutData())
+    torch.testing.assert_close(module.log_alpha.exp(), reference.log_alpha.exp(), atol=1e-3, rtol=0)
+
+
+def test_a_callback_that_asks_for_the_number_of_steps():
+    class Asking(Callback):
+        def setup(self, trainer, pl_module, stage):
+            assert trainer.estimated_stepping_batches == 30  # which makes the loader of the training images
+
+    module, reference = ensemble(), ensemble()
+    trainer = quiet_trainer(max_epochs=5, callbacks=[Asking()])
+    trainer.fit(module, datamodule=HeldOutData())
+    quiet_trainer(max_epochs=5).fit(reference, datamodule=HeldOutData())
+    assert torch.equal(module.w, reference.w)
+    assert (module.members[0][0].seen, trainer.global_step) == (60, 2)
 
 
 def test_bf16_mixed_predicts_in_bf16_and_mixes_in_float32():
@@ -271,6 +309,19 @@ def test_the_weights_have_a_rate_of_their_own_and_no_decay():
         module = ensemble(freeze_members=False, lr=3e-4, lr_w=lr_w)
         (group,) = [group for group in module.parameter_groups() if group["params"][0] is module.w]
         assert (group["lr"], group["weight_decay"]) == (pytest.approx(expected), 0.0)
+
+
+def test_members_that_share_layers_are_trained_once():
+    torch.manual_seed(0)
+    trunk = nn.Linear(8, 8)
+    heads = [nn.Sequential(trunk, nn.ReLU(), nn.Linear(8, 3)) for _ in range(3)]
+    families = [Family(name="two", modules=heads[:2]), Family(name="one", modules=heads[2:])]
+    module = AwareNet(families, num_classes=3, freeze_members=False)
+    before = trunk.weight.clone()
+    quiet_trainer(max_epochs=1).fit(module, datamodule=HeldOutData())
+    optimized = [parameter for group in module.parameter_groups() for parameter in group["params"]]
+    assert len(optimized) == len(set(optimized)) == len(list(module.parameters()))
+    assert not torch.equal(trunk.weight, before)
 
 
 def test_label_smoothing_is_that_of_cross_entropy():
@@ -476,6 +527,18 @@ def test_one_class_only_is_nan_and_a_warning():
     assert trainer.callback_metrics["test_auc"].isnan()
 
 
+def test_the_normalisation_is_that_of_the_data_at_hand():
+    class Normalised(TwoClasses):
+        def __init__(self, mean):
+            super().__init__()
+            self.preprocessing = SimpleNamespace(mean=[mean], std=[0.5])
+
+    module = AwareNet([nn.Linear(8, 2)])
+    quiet_trainer(max_epochs=1).fit(module, datamodule=Normalised(0.5))
+    quiet_trainer().test(module, datamodule=Normalised(0.1), verbose=False)
+    assert module.hparams.data_mean == [0.1]
+
+
 def test_several_test_sets_are_told_apart():
     trainer = quiet_trainer()
     trainer.test(ensemble(), datamodule=HeldOutData(), verbose=False)
@@ -563,6 +626,14 @@ def test_targets_that_are_no_classes():
         quiet_trainer(max_epochs=1).fit(ensemble(), TinyData().train_dataloader(), loader)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.float, lambda y: y[:, None], lambda y: nn.functional.one_hot(y, 3)])
+def test_targets_that_are_no_numbers_of_classes(change):
+    x, y = TinyData().val.tensors
+    loader = DataLoader(torch.utils.data.TensorDataset(x, change(y)), 16)
+    with pytest.raises(UnsupportedSetup, match=r"The targets are .*; expected .* torch.int64 of shape \[16\]"):
+        quiet_trainer(max_epochs=1).fit(ensemble(), TinyData().train_dataloader(), loader)
+
+
 def test_data_of_other_classes():
     with pytest.raises(UnsupportedSetup, match="data has 3 classes, the ensemble 2"):
         quiet_trainer().test(AwareNet([nn.Linear(8, 2)]), datamodule=HeldOutData(), verbose=False)
@@ -605,6 +676,16 @@ def test_members_with_another_order_of_classes(tmp_path):
         quiet_trainer(max_epochs=1).fit(ours, datamodule=TwoClasses())
 
 
+def test_members_that_disagree_on_the_order_of_classes(member_files):
+    for number, names in enumerate([["fake", "real"], ["real", "fake"]]):
+        path = member_files / f"member{number}.ckpt"
+        torch.save({**torch.load(path, weights_only=True), "class_names": names}, path)
+    module = AwareNet([vit(member_files)], in_chans=1)
+    loader = DataLoader(torch.utils.data.TensorDataset(images(), torch.tensor([0, 1, 0, 1, 0])), 5)
+    with pytest.raises(UnsupportedSetup, match=r"classes of .*member1.ckpt are real, fake, .*expected fake, real"):
+        quiet_trainer(max_epochs=1).fit(module, loader, loader)  # which name no classes
+
+
 def test_the_file_of_another_ensemble(tmp_path):
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(ensemble(), datamodule=HeldOutData())
@@ -625,6 +706,46 @@ def test_the_file_of_another_ensemble(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------- CLI
+
+
+def test_a_config_goes_on_from_a_file(member_files, tmp_path):
+    """The CLI builds the ensemble from the checkpoint's hyperparameters, which name no files."""
+    config = tmp_path / "config.yaml"
+    for number in range(2):
+        torch.manual_seed(number)
+        trainer = quiet_trainer(max_epochs=0)
+        trainer.strategy.connect(ImageClassifier(**SMALL, model_args=ARGS, num_classes=10))
+        trainer.save_checkpoint(tmp_path / f"ten{number}.ckpt")
+    config.write_text(f"""
+seed_everything: 0
+trainer:
+  max_epochs: 5
+  accelerator: cpu
+  logger: false
+  default_root_dir: {tmp_path}
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: {tmp_path}, save_top_k: -1, filename: "at{{epoch}}", save_last: true}}
+model:
+  class_path: lightning_soup.modules.AwareNet
+  init_args:
+    in_chans: 1
+    num_classes: 10
+    families:
+      - {{model: vit_tiny_patch16_224, img_size: 28, model_args: {ARGS}, name: a, checkpoints: [{tmp_path}/ten0.ckpt]}}
+      - {{model: vit_tiny_patch16_224, img_size: 28, model_args: {ARGS}, name: b, checkpoints: [{tmp_path}/*n0.ckpt]}}
+data:
+  class_path: lightning_soup.data.HandwritingDataModule
+  init_args: {{train_size: 50, val_size: 50, corrupted: none}}
+""")
+    main(["fit", "--config", str(config)])
+    expected = AwareNet.load_from_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt").unlink()
+    main(["fit", "--config", str(config), "--ckpt_path", str(tmp_path / "atepoch=0.ckpt")])
+    resumed = AwareNet.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert same(state(resumed), state(expected))
 
 
 def test_from_a_config(member_files, tmp_path, capsys):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,20 @@ def test_the_normalisation_of_the_data_is_asked_for():
         quiet_trainer().test(module, datamodule=TinyData(), verbose=False)
 
 
+def test_the_normalisation_of_the_data_is_asked_for_without_a_trainer():
+    with pytest.raises(UnsupportedSetup, match=r"Give AwareNet\(data_mean"):
+        AwareNet(["test_byobnet"], 1)(torch.rand(2, 3, 32, 32))
+
+
+def test_files_and_folders_of_any_name(tmp_path):
+    (tmp_path / "run[1]").mkdir()
+    path = tmp_path / "run[1]" / "a.pt"
+    torch.save(nn.Linear(4, 2).state_dict(), path)
+    for given in (path, str(path)):
+        assert Family("resnet18", checkpoints=[given]).files() == [str(path)]
+    assert Family("resnet18", checkpoints=[tmp_path / "run*" / "*.pt"]).files() == [str(path)]
+
+
 def test_members_differ():
     networks, _ = build_family(Family("test_byobnet"), 3, 2, 3, soup=False)
     first, second, third = (network.state_dict()["stem.conv.weight"] for network in networks)
@@ -104,6 +120,12 @@ def test_weights_under_a_prefix(tmp_path):
 def test_families_that_cannot_be(options, message):
     with pytest.raises(UnsupportedSetup, match=message):
         Family(**options)
+
+
+@pytest.mark.parametrize("given", ["a.ckpt", Path("a.ckpt")])
+def test_one_file_is_given_as_a_list(given):
+    with pytest.raises(UnsupportedSetup, match=r"checkpoints='a.ckpt', expected a list of files or patterns"):
+        Family("resnet18", checkpoints=given)
 
 
 def test_counts_that_disagree(tmp_path):
