@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_soup.errors import UnsupportedSetup
@@ -85,12 +86,13 @@ def cross_evaluate(
 
     Args:
         modules: By what they were trained on; their ``predict_step`` returns logits or log-probabilities ``[B, C]``.
+            Those with a ``check_data(datamodule)``, as AwareNet, are shown each data module, and may refuse it.
         data: Test sets by name: loaders, or data modules, whose first test loader is taken.
         positive: Of two classes the one that is detected.
         device: Where to evaluate.
 
     Raises:
-        UnsupportedSetup: A data module has no test data, or there is nothing to evaluate.
+        UnsupportedSetup: A data module has no test data, there is nothing to evaluate, or ``positive`` is no class.
         LightningSoupError: A set's classes are more than a model's.
     """
     from lightning.pytorch.plugins.precision import Precision
@@ -102,8 +104,12 @@ def cross_evaluate(
     for trained, module in modules.items():
         scores[trained] = {}
         for tested, (loader, datamodule) in loaders.items():
+            if callable(check := getattr(module, "check_data", None)):
+                check(datamodule)
             outcome = OwnLoops(module, datamodule, torch.device(device), Precision()).outcome(loader)
             logits, targets = outcome.competing
+            if positive not in range(logits.shape[1]):
+                raise UnsupportedSetup(f"positive={positive!r}: expected a class, 0 to {logits.shape[1] - 1}.")
             metrics = detection_metrics(logits.shape[1], positive)
             metrics.update(logits.softmax(dim=1), targets)
             found = {name: float(value) for name, value in metrics.compute().items()}
@@ -120,7 +126,7 @@ def _test_loader(name: str, given: Any) -> tuple[Any, LightningDataModule | None
         return given, None
     given.prepare_data()
     given.setup("test")
-    loaders = listed(given.test_dataloader())
+    loaders = listed(given.test_dataloader()) if is_overridden("test_dataloader", given) else []
     if not loaders:
         raise UnsupportedSetup(f"The data module of {name} has no test data. Give it some, or a loader.")
     return loaders[0], given

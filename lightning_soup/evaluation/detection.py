@@ -55,8 +55,8 @@ class AUC(Metric):
             return scores.new_tensor(float("nan"))
         if broken := int(scores.isnan().any(dim=1).sum()):
             warnings.warn(
-                f"AUC: the probabilities of {broken} of {len(targets)} samples are NaN, so the area under the ROC curve "
-                "is not defined (NaN). Look for a member whose training diverged.",
+                f"AUC: probabilities of {broken} of {len(targets)} samples are NaN, so the area under the ROC curve is "
+                "not defined (NaN). Look for a member whose training diverged.",
                 stacklevel=2,
             )
             return scores.new_tensor(float("nan"))

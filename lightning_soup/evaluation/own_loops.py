@@ -92,10 +92,10 @@ class OwnLoops:
     def outcome(self, batches: Iterable[Any], groups: Tensor | None = None, classes: Classes | None = None) -> Outcome:
         """Logits and targets of all batches; see :class:`.Outcome` for ``groups`` and ``classes``."""
         with self.apart(), torch.inference_mode():
-            parts = [(self._logits(batch).float().cpu(), _targets(batch).cpu()) for batch in batches]
+            parts = [(_targets(batch).cpu(), self._logits(batch).float().cpu()) for batch in batches]
             if not parts:
                 raise RecipeError("a test loader gave no batches (drop_last?), so there is nothing to report.")
-            logits, targets = (torch.cat(column) for column in zip(*parts, strict=True))
+            targets, logits = (torch.cat(column) for column in zip(*parts, strict=True))
         return Outcome(logits.clone(), targets.clone(), groups, classes)
 
     def recalibrate(self, batches: Iterable[Any], frozen: Collection[str] = ()) -> dict[str, Tensor]:

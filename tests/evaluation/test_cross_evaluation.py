@@ -1,13 +1,15 @@
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_soup import AwareNet, cross_evaluate
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup import AwareNet, Family, cross_evaluate
+from lightning_soup.errors import RecipeError, UnsupportedSetup
 from tests.helpers.boring import TinyClassifier, TinyData
 
 
@@ -51,6 +53,55 @@ def test_one_class_only_is_nan_and_a_warning():
         found = cross_evaluate({"A": AwareNet([nn.Linear(8, 2)])}, {"one": loader(0, one_class=True)})
     assert found.scores["A"]["one"]["auc"] != found.scores["A"]["one"]["auc"]
     assert "nan" in found.markdown()
+
+
+class Named(LightningDataModule):
+    def __init__(self, *class_names):
+        super().__init__()
+        self.class_names = class_names
+
+    def test_dataloader(self):
+        return loader(1)
+
+
+def test_classes_in_another_order_are_refused():
+    module = AwareNet([nn.Linear(8, 2)], class_names=["fake", "real"])
+    cross_evaluate({"A": module}, {"B": Named("fake", "real")})
+    with pytest.raises(
+        UnsupportedSetup, match="classes of the data are real, fake, in this order; expected fake, real"
+    ):
+        cross_evaluate({"A": module}, {"B": Named("real", "fake")})
+
+
+def test_each_set_has_its_normalisation():
+    """A set that is normalised otherwise gives what the same images give without."""
+    module = AwareNet(
+        [Family(modules=[nn.Sequential(nn.Flatten(), nn.Linear(8, 2))], mean=[0.5], std=[2.0])], in_chans=1
+    )
+    x, y = loader(1).dataset.tensors
+
+    def scores(mean, std):
+        data = Named("a", "b")
+        data.preprocessing = SimpleNamespace(mean=mean, std=std)
+        images = ((x - mean[0]) / std[0]).view(-1, 1, 2, 4)
+        data.test_dataloader = lambda: DataLoader(TensorDataset(images, y), 16)
+        return cross_evaluate({"A": module}, {"B": data}).scores["A"]["B"]
+
+    assert scores([0.5], [2.0]) == pytest.approx(scores([-1.0], [0.5]), abs=1e-6)
+
+
+@pytest.mark.parametrize("positive", [-1, 2, "fake"])
+def test_a_positive_class_that_there_is_not(positive):
+    with pytest.raises(UnsupportedSetup, match=rf"positive={positive!r}: expected a class, 0 to 1"):
+        cross_evaluate({"A": AwareNet([nn.Linear(8, 2)])}, {"B": loader(1)}, positive=positive)
+
+
+def test_data_that_cannot_be_evaluated_on():
+    module = AwareNet([nn.Linear(8, 2)])
+    with pytest.raises(UnsupportedSetup, match="data module of B has no test data"):
+        cross_evaluate({"A": module}, {"B": LightningDataModule()})
+    with pytest.raises(RecipeError, match=r"batches \(inputs, targets\), got dict"):
+        cross_evaluate({"A": module}, {"B": DataLoader([{"x": torch.zeros(8)}])})
 
 
 def test_nothing_to_evaluate():
