@@ -105,6 +105,8 @@ class LearnableEnsembleWeights(Callback):
                 f"{name} needs a module with member_logits(batch), logits [batch, classes] by family and member, and "
                 f"family_names; {type(pl_module).__name__} lacks them. AwareNet has both."
             )
+        if len(set(names)) < len(names):
+            raise UnsupportedSetup(f"{name}: two families of one name: {', '.join(names)}. Change family_names.")
         if self.names and self.names != names:
             raise UnsupportedSetup(
                 f"{name}: its weights are of the families {', '.join(self.names)}, but {type(pl_module).__name__} has "

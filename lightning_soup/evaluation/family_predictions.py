@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import RunningStage
@@ -143,8 +144,7 @@ def held_out_predictions(
         loader = trainer._data_connector._prepare_dataloader(loader, shuffle=False, mode=RunningStage.VALIDATING)
         shared = isinstance(loader.sampler, DistributedSampler)
     batches = limited(loader, limit)
-    count = len(batches) if hasattr(batches, "__len__") else None
-    found = predictions_of(loops, names, progress(batches, "predictions of the members", count))
+    found = predictions_of(loops, names, progress(batches, "predictions of the members", sized_len(batches)))
     return gathered(trainer, found, len(loader.dataset)) if shared else found
 
 

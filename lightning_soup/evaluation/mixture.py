@@ -66,6 +66,11 @@ def stack_families(logits: Sequence[Sequence[Tensor]], names: Sequence[str]) -> 
     Raises:
         UnsupportedSetup: Not one list of logits for each name, or logits of other shapes; names the family and member.
     """
+    if not isinstance(logits, (Sequence, Tensor)):
+        raise UnsupportedSetup(
+            f"Expected a list with the members' logits for each of the families {', '.join(names)}; got a "
+            f"{type(logits).__name__}."
+        )
     if len(logits) != len(names) or not all(len(members) for members in logits):
         raise UnsupportedSetup(
             f"Expected the logits of one or more members for each of the families {', '.join(names)}; got lists of "

@@ -195,7 +195,7 @@ class FamilyInput(nn.Module):
             found = functional.interpolate(
                 found.float(), self.size, mode="bicubic", antialias=True, align_corners=False
             )
-        return found.to(images.dtype)
+        return found.to(images.dtype) if images.is_floating_point() else found
 
 
 def build_family(

@@ -215,11 +215,16 @@ class Misnamed(TwoHeads):
     family_names = ()
 
 
+class Twins(TwoHeads):
+    family_names = ("one", "one")
+
+
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
         (TinyClassifier, {}, "TinyClassifier lacks them"),
         (Misnamed, {}, "family_names; Misnamed lacks them"),
+        (Twins, {}, "two families of one name: one, one"),
         (TwoHeads, {"limit_val_batches": 0}, "there is none"),
         (lambda: AwareNet(three_families(), num_classes=3), {}, "learns these weights itself"),
     ],

@@ -176,6 +176,8 @@ def test_the_gradient_of_a_member():
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
+        (None, "each of the families a, b; got a NoneType"),
+        ({"a": [torch.zeros(2, 3)], "b": [torch.zeros(2, 3)]}, "got a dict"),
         ([[torch.zeros(2, 3)]], r"families a, b; got lists of \[1\]"),
         ([[(torch.zeros(2, 3),)], [torch.zeros(2, 3)]], "Member 1 of the family a gives a tuple"),
         ([[torch.zeros(2, 3)], []], r"got lists of \[1, 0\]"),

@@ -162,6 +162,17 @@ def test_the_trainers_options_do_not_change_what_is_best(options):
     torch.testing.assert_close(module.log_alpha.exp(), reference.log_alpha.exp(), atol=1e-3, rtol=0)
 
 
+def test_held_out_data_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(TinyData().val)
+
+    module, reference = ensemble(), ensemble()
+    quiet_trainer(max_epochs=5).fit(module, TinyData().train_dataloader(), DataLoader(Stream(), 16))
+    quiet_trainer(max_epochs=5).fit(reference, datamodule=HeldOutData())
+    assert torch.equal(module.w, reference.w)
+
+
 @pytest.mark.parametrize(("learn_on", "other"), [("val", "train"), ("train", "val")])
 def test_a_share_of_the_held_out_data(learn_on, other):
     module, data = ensemble(learn_on=learn_on), HeldOutData()

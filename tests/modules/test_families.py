@@ -28,6 +28,12 @@ def test_each_family_has_its_normalisation():
     assert FamilyInput(None, None, None)(same, None, None) is same
 
 
+def test_bytes_are_normalised_as_numbers():
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    found = FamilyInput(None, *HALF)(images, [0.0] * 3, [1 / 255] * 3)
+    torch.testing.assert_close(found, normalised(images / 255, *HALF), atol=1e-5, rtol=0)
+
+
 def test_each_family_has_its_size():
     images = torch.rand(2, 3, 16, 16)
     found = FamilyInput((12, 12), None, None)(images, None, None)
