@@ -137,8 +137,16 @@ def check_kept(module: "AwareNet", kept: Mapping[str, Any], checkpoint: Mapping[
     """Refuse the checkpoint of another ensemble.
 
     Raises:
-        UnsupportedSetup: Its families, their sizes or its classes are others; says which.
+        UnsupportedSetup: Its families, their sizes or its classes are others, or a fit with ``freeze_members`` would go
+            on from one without, or the other way round; says which.
     """
+    frozen, frozen_then = module.hparams.freeze_members, checkpoint.get("hyper_parameters", {}).get("freeze_members")
+    fitting = module._trainer is not None and module.trainer.state.fn == "fit"
+    if fitting and frozen_then is not None and frozen_then != frozen:
+        raise UnsupportedSetup(
+            f"The checkpoint is of a training with freeze_members={frozen_then}, whose optimizer has other parameters. "
+            f"Begin a new fit with AwareNet.load_from_checkpoint(path, freeze_members={frozen}), without ckpt_path."
+        )
     own = {"families": module.family_names, "sizes": [len(members) for members in module.members]}
     for entry, expected in own.items():
         if entry in kept and list(kept[entry]) != expected:

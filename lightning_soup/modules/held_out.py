@@ -1,5 +1,6 @@
 """How an ensemble with frozen members is trained: on what they predicted of held-out images, once."""
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class HeldOut:
             for loop in loops:
                 loop._combined_loader = None  # of the images, where a callback has asked how many steps there will be
                 loop.setup_data()
+        # Not made anew (reload_dataloaders_every_n_epochs).
+        loops[0]._last_train_dl_reload_epoch = loops[1]._last_val_dl_reload_epoch = math.inf
         return own
 
     def put_back(self) -> None:
@@ -80,8 +83,9 @@ def _limits_of_one_batch(trainer: Trainer) -> Iterator[None]:
     """Limits that hold for the loaders of images, for their one batch: a share of it would be none."""
     limits = {"limit_train_batches": trainer.limit_train_batches, "limit_val_batches": trainer.limit_val_batches}
     one = {name: 1.0 if limit else limit for name, limit in limits.items()}
-    if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is not None:
-        limits["val_check_interval"], one["val_check_interval"] = trainer.val_check_interval, 1.0
+    interval = getattr(trainer, "val_check_interval", None)  # none where validation goes by time
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
+        limits["val_check_interval"], one["val_check_interval"] = interval, 1.0
     vars(trainer).update(one)
     try:
         yield

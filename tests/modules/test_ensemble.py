@@ -152,6 +152,8 @@ def test_loaders_instead_of_a_data_module():
         {"limit_train_batches": 0.1},
         {"val_check_interval": 3},
         {"val_check_interval": 0.5},
+        {"val_check_interval": "00:00:00:01"},
+        {"limit_train_batches": 0.1, "reload_dataloaders_every_n_epochs": 1},
     ],
     ids=str,
 )
@@ -685,6 +687,18 @@ def test_members_with_another_order_of_classes(tmp_path):
         UnsupportedSetup, match=r"classes of .*member0.ckpt are real, fake, in this order; expected fake, real"
     ):
         quiet_trainer(max_epochs=1).fit(ours, datamodule=TwoClasses())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_fit_does_not_go_on_from_one_of_the_other_kind(frozen, tmp_path):
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(ensemble(freeze_members=frozen), datamodule=HeldOutData())
+    path = tmp_path / "end.ckpt"
+    trainer.save_checkpoint(path)
+    with pytest.raises(UnsupportedSetup, match=f"training with freeze_members={frozen}"):
+        quiet_trainer(max_epochs=2).fit(ensemble(freeze_members=not frozen), datamodule=HeldOutData(), ckpt_path=path)
+    module = AwareNet.load_from_checkpoint(path, families=three_families(), freeze_members=not frozen)
+    quiet_trainer(max_epochs=2).fit(module, datamodule=HeldOutData())
 
 
 def test_members_that_disagree_on_the_order_of_classes(member_files):
