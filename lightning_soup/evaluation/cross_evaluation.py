@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +105,8 @@ def cross_evaluate(
     for trained, module in modules.items():
         scores[trained] = {}
         for tested, (loader, datamodule) in loaders.items():
-            if callable(check := getattr(module, "check_data", None)):
-                check(datamodule)
-            outcome = OwnLoops(module, datamodule, torch.device(device), Precision()).outcome(loader)
+            with _shown(module, datamodule):
+                outcome = OwnLoops(module, datamodule, torch.device(device), Precision()).outcome(loader)
             logits, targets = outcome.competing
             if positive not in range(logits.shape[1]):
                 raise UnsupportedSetup(f"positive={positive!r}: expected a class, 0 to {logits.shape[1] - 1}.")
@@ -115,6 +115,18 @@ def cross_evaluate(
             found = {name: float(value) for name, value in metrics.compute().items()}
             scores[trained][tested] = {**found, "acc": outcome.accuracy, "nll": outcome.nll}
     return CrossEvaluation(scores)
+
+
+@contextmanager
+def _shown(module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[None]:
+    """Let a module note what it has to know of the data, for these alone."""
+    noted = dict(module.hparams)
+    try:
+        if callable(check := getattr(module, "check_data", None)):
+            check(datamodule)
+        yield
+    finally:
+        module.hparams.update(noted)
 
 
 def _told(found: Mapping[str, float], name: str) -> str:

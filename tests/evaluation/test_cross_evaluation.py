@@ -88,6 +88,7 @@ def test_each_set_has_its_normalisation():
         return cross_evaluate({"A": module}, {"B": data}).scores["A"]["B"]
 
     assert scores([0.5], [2.0]) == pytest.approx(scores([-1.0], [0.5]), abs=1e-6)
+    assert module.hparams.data_mean is None  # as before
 
 
 @pytest.mark.parametrize("positive", [-1, 2, "fake"])
