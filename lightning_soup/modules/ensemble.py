@@ -304,7 +304,12 @@ class AwareNet(ClassificationModule):
         self.log_dict({**values, "alpha_entropy": entropy(self.log_alpha.detach())}, sync_dist=True)
         before = self.history[-1] if self.history else []
         self.history.append(list(alpha.values()))
-        if self.hparams.freeze_members and all(abs(a - b) < 1e-4 for a, b in zip(alpha.values(), before, strict=False)):
+        exact = any(isinstance(used, torch.optim.LBFGS) for used in self.trainer.optimizers)  # others take small steps
+        if (
+            self.hparams.freeze_members
+            and exact
+            and all(abs(a - b) < 1e-4 for a, b in zip(alpha.values(), before, strict=False))
+        ):
             self.trainer.should_stop = True
 
     def on_fit_end(self) -> None:

@@ -28,6 +28,11 @@ def check_fit(module: "AwareNet", trainer: Trainer) -> None:
         )
     if not module.hparams.freeze_members:
         return
+    if trainer.limit_train_batches == 0:
+        raise UnsupportedSetup(
+            "limit_train_batches=0, so w would not be learned. Leave it out: with freeze_members=True steps learn from "
+            "what the members predict of held-out data, not from training batches."
+        )
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise UnsupportedSetup(

@@ -191,6 +191,17 @@ def test_learning_on_the_training_loader_without_validation():
     torch.testing.assert_close(module.log_alpha.exp(), reference.log_alpha.exp(), atol=1e-3, rtol=0)
 
 
+def test_another_optimizer_takes_as_many_steps_as_it_is_given():
+    class Slow(AwareNet):
+        def configure_optimizers(self):
+            return torch.optim.SGD([self.w], 1e-3)
+
+    module = Slow(three_families(), num_classes=3)
+    trainer = quiet_trainer(max_epochs=5)
+    trainer.fit(module, datamodule=HeldOutData())
+    assert trainer.global_step == 5
+
+
 def test_a_callback_that_asks_for_the_number_of_steps():
     class Asking(Callback):
         def setup(self, trainer, pl_module, stage):
@@ -599,6 +610,7 @@ def test_options_that_cannot_be(options, message):
     [
         ({"precision": "bf16-true"}, {}, "bf16-mixed"),
         ({"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}, {}, "L-BFGS"),
+        ({"limit_train_batches": 0}, {}, "limit_train_batches=0"),
         ({"limit_val_batches": 0}, {}, "no validation loader|no held-out batches"),
         ({}, {"num_classes": 3, "class_names": ["c", "b", "a"]}, "The classes of the data are a, b, c"),
         ({}, {"positive": "zebra"}, "positive='zebra' is not one of the classes a, b, c"),
