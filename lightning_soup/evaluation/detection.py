@@ -95,8 +95,9 @@ class Detection(Metric):
             predicted = detected if self.positive == 1 else 1 - detected
         else:
             predicted = probabilities.argmax(dim=1)
-        hit = predicted == targets
-        for row, labels in enumerate((targets[hit], predicted, targets)):
+        whole = ~probabilities.isnan().any(dim=1)  # NaN is an answer for no class
+        hit = (predicted == targets) & whole
+        for row, labels in enumerate((targets[hit], predicted[whole], targets)):
             self.counts[row] += torch.bincount(labels, minlength=self.classes)
 
     def compute(self) -> Tensor:

@@ -82,6 +82,13 @@ def test_a_probability_that_is_nan_has_no_rank():
         assert math.isnan(measured(both(torch.tensor([0.1, 0.9, math.nan, 0.3])), torch.tensor([0, 1, 1, 0]), 2)["auc"])
 
 
+def test_a_probability_that_is_nan_is_no_hit():
+    probabilities = torch.tensor([[math.nan] * 3, [0.2, 0.3, 0.5]])
+    with pytest.warns(UserWarning, match="NaN"):
+        found = measured(probabilities, torch.tensor([0, 2]), 3)
+    assert (found["f1"], found["precision"], found["recall"]) == (0.5, 0.5, 0.5)
+
+
 def test_nothing_detected_is_no_nan():
     found = measured(both(torch.full((4,), 0.1)), torch.tensor([0, 1, 0, 1]), 2)
     assert (found["f1"], found["precision"], found["recall"]) == (0, 0, 0)
