@@ -151,6 +151,7 @@ def run(seed: int, budget: int) -> tuple[dict[str, Row], dict[str, Soup], list[t
             return min(map(judge, candidates), key=lambda row: row["search"])
 
         options = {"budget": budget, "seed": seed, "third": "ignore", "record": f"{name}/search.json"}
+        options["common_start"] = "ignore"  # one training, from nothing: its steps are further apart than fine-tunes
         recipes = {
             "evolution": EvolutionarySoup(**options),
             "cma": EvolutionarySoup("cma", **{**options, "record": None}),
