@@ -395,6 +395,7 @@ def test_two_ranks_agree():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by the compiler
+@pytest.mark.slow
 def test_compiled_blocks():
     module = TinyTransformer()
     for block in module.net[1:5]:

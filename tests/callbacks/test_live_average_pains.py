@@ -441,6 +441,7 @@ def test_s10_a_rule_of_the_user_is_used():
 # ------------------------------------------------------------------------------------- other frameworks, and found here
 
 
+@pytest.mark.slow
 def test_t05_compiled_modules_have_the_names_of_plain_ones(tmp_path):
     trainer, _, _ = fit(ExponentialAverage(0.5), module=lambda: torch.compile(TinyClassifier(), backend="eager"))
     trainer.save_checkpoint(tmp_path / "x.ckpt")

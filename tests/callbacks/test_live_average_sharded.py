@@ -112,6 +112,7 @@ def _unfreeze(folder):
 UNFREEZING = {"mean": lambda: EqualAverage(start=0, every=1), "ring": lambda: LatestAverage(18, every=1)}
 
 
+@pytest.mark.slow
 def test_a_sharded_layer_that_is_unfrozen_is_averaged_from_its_first_step_and_resumed(tmp_path):
     first, second = run_on_two_ranks(_unfreeze, str(tmp_path))
     assert first == second

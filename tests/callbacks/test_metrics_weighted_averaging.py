@@ -199,7 +199,7 @@ def test_the_merged_model_is_the_weighted_mean_of_the_window(tmp_path):
     assert recook(mwa.soup_path).read_bytes() == mwa.soup_path.read_bytes()
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_a_module_with_an_adapter_only_the_adapter_is_kept(tmp_path, dora):
     mwa = MetricsWeightedAveraging(5, recipe())
     torch.manual_seed(1)

@@ -365,7 +365,7 @@ class TestResume:
         file = tmp_path / "cut" / "ckpt" / f"step={6 * epoch}.ckpt"
         self._run(tmp_path / "cut", seed=99, ckpt_path=file, data=data).same_as(whole)
 
-    @pytest.mark.parametrize("step", [8, 16, 24, 32, 56])
+    @pytest.mark.parametrize("step", [16, *(pytest.param(step, marks=pytest.mark.slow) for step in (8, 24, 32, 56))])
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
     def test_within_an_epoch(self, step, tmp_path):
         data = [DataLoader(ConcatDataset([Subset(TinyData().train, range(16))] * 6), 16), loaders()[1]]

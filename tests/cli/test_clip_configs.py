@@ -67,6 +67,7 @@ def computed_plainly(weights):
     return found, (found["a"] + found["o"]) / 2
 
 
+@pytest.mark.slow
 def test_probe_fine_tunes_and_soup(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, part in enumerate(("train", "val")):

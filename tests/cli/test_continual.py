@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -109,6 +108,7 @@ def test_each_task_starts_from_the_average_of_the_one_before(tmp_path, capsys):
     assert "Transfer" in shown
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_files(tmp_path):
     result = run()
     from tests.helpers.clip import RowData
@@ -130,11 +130,10 @@ def test_a_run_that_is_ended_goes_on_to_the_same_numbers(monkeypatch):
         if self.classnames == COLUMNS and self.trainer.global_step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Watched, "on_before_zero_grad", lambda self, _: interrupted(self))
-    with pytest.raises(KeyboardInterrupt):
-        run("--folder=cut")
-    monkeypatch.undo()
-    os.chdir(CONFIG.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(Watched, "on_before_zero_grad", lambda self, _: interrupted(self))
+        with pytest.raises(KeyboardInterrupt):
+            run("--folder=cut")
     result = run("--folder=cut")
     assert [training["names"] for training in Watched.trainings] == [ROWS, COLUMNS, COLUMNS]
     assert result.matrix == whole.matrix
@@ -156,6 +155,7 @@ def test_a_weight_ensemble_is_not_needed_and_wise_ft_interpolates_with_the_start
     assert same(Watched.trainings[1]["start"], path)
 
 
+@pytest.mark.slow
 def test_pre_training_comes_first_and_once():
     pretrain = {"data.class_names": ROWS, "trainer.max_steps": 3, "model.distillation": 0, "model.consolidation": 0}
     result = run(pretrain=pretrain)
@@ -238,6 +238,7 @@ def bare_start(tmp_path, seed=9):
     return path
 
 
+@pytest.mark.slow
 def test_wise_ft_from_a_bare_start_in_half_precision(tmp_path):
     result = run(f"--start={bare_start(tmp_path) / 'model.pt'}", wise_ft=0.5)
     assert result.checkpoints["rows"].name == "wise_ft.safetensors"
@@ -380,7 +381,8 @@ def small_mtil(tmp_path):
     return write_yaml(tmp_path / "mtil.yaml", content)
 
 
-@pytest.mark.parametrize("order", ["[Flowers, CIFAR100]", pytest.param("II", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", ["[Flowers, CIFAR100]", "II"])
+@pytest.mark.slow
 def test_the_benchmark_runs_on_generated_images(tmp_path, order):
     with without_md5():
         result = auto_cli(continual, args=[str(small_mtil(tmp_path)), f"--order={order}", "--folder=out"])

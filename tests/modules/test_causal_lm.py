@@ -88,7 +88,7 @@ def test_it_learns(folder, tmp_path):
     assert {"train_loss", "val_loss"} <= set(trainer.callback_metrics)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(r=2, targets=["q_proj", "v_proj"])])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LoRA(r=2, targets=["q_proj", "v_proj"])])
 def test_a_checkpoint_needs_nothing_but_its_file(folder, tmp_path, lora):
     module = CausalLM(str(folder / "model"), lora=lora, lr=1e-2)
     fit(module, folder, tmp_path).save_checkpoint(tmp_path / "a.ckpt")

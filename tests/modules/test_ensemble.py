@@ -373,6 +373,7 @@ def test_training_everything_resumes_bit_exactly(tmp_path, options):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
 def test_a_compiled_ensemble_trains():
     torch.manual_seed(0)
     module = ensemble(freeze_members=False, lr=1e-2)

@@ -57,6 +57,7 @@ def test_l20_the_last_n_epochs_are_averaged_by_one_argument(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The `anonymous` setting", "ignore:.*does not have many workers")
+@pytest.mark.slow
 def test_c06_trainings_in_a_loop_are_runs_of_their_own_in_one_group(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
@@ -192,6 +193,7 @@ def test_c08_a_setting_without_augmentation_is_taken_as_such(write, capsys, monk
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.slow
 def test_c08_nested_parameters_train_the_same_here_and_by_the_agent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = write_yaml(tmp_path / "base.yaml", base_config(max_epochs=1))

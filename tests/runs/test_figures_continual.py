@@ -16,7 +16,7 @@ from lightning_soup.runs.continual import ContinualResult
 from lightning_soup.runs.figures_continual import draw_continual
 from tests.helpers.pictures import figures_kept
 
-COUNTS = [1, 2, 5, 11, 20]
+COUNTS = [1, 2, 5, 11, pytest.param(20, marks=pytest.mark.slow)]
 LONG = tuple(f"/data/collections/with-a-very-long-name/of-the-year-{i}/and-some-images-in-it" for i in range(11))
 WIDE = tuple(f"{letter}-FGVC-AIRCRAFT-MANUFACTURERS-AND-MODELS" for letter in "MWABCDEFGHI")
 

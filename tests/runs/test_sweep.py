@@ -235,6 +235,7 @@ def test_share_of_cores(monkeypatch, cores, jobs, asked, threads):
     assert sweep_module._share_of_cores(jobs) == threads
 
 
+@pytest.mark.slow
 def test_each_job_gets_a_gpu_of_its_own(tmp_path, train, calls, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

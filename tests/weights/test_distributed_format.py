@@ -117,7 +117,9 @@ def test_combinations_are_those_of_the_whole_tensors_bit_for_bit(tmp_path, suffi
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory as Linux tells it")
-@pytest.mark.parametrize("cuts", [[[1000], []], [[], [1000]]], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    "cuts", [[[1000], []], pytest.param([[], [1000]], marks=pytest.mark.slow)], ids=["rows", "columns"]
+)
 def test_no_tensor_is_held_in_memory(tmp_path, cuts):
     size = 64 << 20
     for i in range(2):

@@ -42,7 +42,7 @@ def test_a_combination_is_saved_as_if_it_were_combined_first(tmp_path, suffix):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory as Linux tells it")
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [pytest.param(".ckpt", marks=pytest.mark.slow), ".safetensors"])
 def test_no_model_is_held_in_memory(tmp_path, suffix):
     size = 64 << 20
     for i in range(2):
