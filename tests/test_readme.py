@@ -116,7 +116,7 @@ def test_every_python_block_runs_in_order(runs):
 
 def test_the_trainer_that_soups_leaves_the_soup_where_the_text_says(runs):
     names = presupposed()
-    (code,) = [code for code in python_blocks() if " ModelSoup(" in code]
+    (code,) = [code for code in python_blocks() if " ModelSoup(" in code and "trail" not in code]
     exec(code, names)
     kept = names["kept"]
     assert isinstance(kept, ModelCheckpoint)
@@ -204,3 +204,12 @@ def test_classes_of_the_methods_are_public():
     assert len(classes) >= 9
     for name in classes:
         assert isinstance(getattr(lightning_soup, name), type), name
+
+
+def test_the_trainer_that_searches_cooks_its_trail(runs):
+    names = {**presupposed(), "Trainer": Trainer}  # which an earlier block imports
+    (code,) = [code for code in python_blocks() if "CheckpointTrail" in code]
+    exec(code.replace("budget=400", "budget=20").replace("every=20, keep=24", "every=5, keep=10"), names)
+    names["trainer"].fit(names["module"], datamodule=names["data"])
+    assert len(names["trail"].files) == 10
+    assert len(names["soup"].soup.history) == 20
