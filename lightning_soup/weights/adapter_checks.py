@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_soup.errors import IncompatibleIngredients
+from lightning_soup.errors import IncompatibleIngredients, UnreadableCheckpoint
 from lightning_soup.weights.adapters import FACTORS_A, RUN_ENTRY, config_of, is_adapter, layers_of
 from lightning_soup.weights.compatibility import check_compatible
 from lightning_soup.weights.geometry import cosines
@@ -39,6 +39,7 @@ def check_adapters(adapters: Sequence[WeightsFile], mode: MergeMode, one_run: Li
     Raises:
         IncompatibleIngredients: They are not all adapters, or of different base models, layers, ranks or scalings, or
             of a kind for which the mode would be wrong.
+        UnreadableCheckpoint: The tensors of one are not named or shaped as its configuration says.
     """
     for adapter in adapters:
         if not is_adapter(adapter):
@@ -46,6 +47,7 @@ def check_adapters(adapters: Sequence[WeightsFile], mode: MergeMode, one_run: Li
                 f"{adapter.label}: is {adapter.format}, not an adapter, but the others are. Merge adapters with "
                 "adapters only; an adapter into its base with merge='dense'."
             )
+        _check_names(adapter)
     _same_setting(adapters)
     if mode == "factor":
         _same_factors(adapters)
@@ -98,6 +100,20 @@ def _angles(checkpoints: Sequence[WeightsFile]) -> str:
         if middle < _UNRELATED:
             return f"have factors A at a median cosine of {middle:.2f} ({first.label}, {checkpoints[i].label})"
     return ""
+
+
+def _check_names(adapter: WeightsFile) -> None:
+    """Refuse factors under names that PEFT does not load: it would leave them out, and the adapter do nothing."""
+    strange = next((name for name in adapter if ".lora_" in name), None)
+    if _is_lora(adapter) and strange is not None and not layers_of(adapter):
+        raise UnreadableCheckpoint(
+            f"{adapter.path or adapter.label}: holds {strange!r}, but nothing that ends in lora_A.weight, as PEFT "
+            "names factors on disk. Save it with PeftModel.save_pretrained."
+        )
+
+
+def _is_lora(adapter: WeightsFile) -> bool:
+    return str(config_of(adapter).get("peft_type", "LORA")).upper() == "LORA"
 
 
 def _same_setting(adapters: Sequence[WeightsFile]) -> None:
@@ -153,9 +169,10 @@ def _same_factors(adapters: Sequence[WeightsFile]) -> None:
 def _check_product(adapter: WeightsFile, mode: MergeMode) -> None:
     """The update of a layer must be s·B·A on the base that the configuration names."""
     config, init = config_of(adapter), _init(adapter)
-    if str(config.get("peft_type", "LORA")).upper() != "LORA" or not layers_of(adapter):
+    if not _is_lora(adapter) or not layers_of(adapter):
+        given = "an adapter without layers of LoRA" if _is_lora(adapter) else config.get("peft_type")
         raise IncompatibleIngredients(
-            f"{adapter.label}: merge={mode!r} is for LoRA, this is {config.get('peft_type')}. Use merge='factor'."
+            f"{adapter.label}: merge={mode!r} is for LoRA, this is {given}. Use merge='factor'."
         )
     if init:
         raise IncompatibleIngredients(

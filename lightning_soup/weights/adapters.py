@@ -101,7 +101,7 @@ def layers_of(adapter: WeightsFile) -> dict[str, LoraLayer]:
     Raises:
         UnreadableCheckpoint: The tensors do not fit the configuration.
     """
-    config, found = config_of(adapter), {}
+    config, where, found = config_of(adapter), str(adapter.path or adapter.label), {}
     for a in adapter:
         ending = next((ending for ending in _ENDINGS if a.endswith(ending)), None)
         if ending is None:
@@ -109,16 +109,17 @@ def layers_of(adapter: WeightsFile) -> dict[str, LoraLayer]:
         stem = a.removesuffix(ending)
         b = stem + ending.replace("_A", "_B")
         module = stem.removeprefix(PREFIX)
-        rank = adapter.specs[a].shape[0]
-        expected = _setting(config, "rank_pattern", "r", module)
+        shape = adapter.specs[a].shape
+        rank = shape[0] if len(shape) > 1 else 0
+        expected = _setting(config, "rank_pattern", "r", module, where)
         if b not in adapter or adapter.specs[b].shape[1:2] != (rank,) or expected != rank:
             raise UnreadableCheckpoint(
-                f"{adapter.path or adapter.label}: {a!r} is {adapter.specs[a]}, {b!r} is "
+                f"{where}: {a!r} is {adapter.specs[a]}, {b!r} is "
                 f"{adapter.specs.get(b, 'missing')}, and the adapter_config says rank {expected}. They are not of one "
                 "adapter; save it again."
             )
         bias, magnitude = f"{stem}.lora_B.bias", f"{stem}.lora_magnitude_vector"
-        alpha = float(_setting(config, "alpha_pattern", "lora_alpha", module))
+        alpha = _setting(config, "alpha_pattern", "lora_alpha", module, where)
         found[module] = LoraLayer(
             module,
             a,
@@ -131,12 +132,22 @@ def layers_of(adapter: WeightsFile) -> dict[str, LoraLayer]:
     return found
 
 
-def _setting(config: Mapping[str, Any], pattern: str, common: str, module: str) -> Any:
+def _setting(config: Mapping[str, Any], pattern: str, common: str, module: str, where: str) -> float:
     """A layer's rank or alpha: of the first pattern that fits its name, as PEFT looks it up, or the common one."""
-    for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return config.get(common, 8)  # PEFT's default of both
+    try:
+        values = (value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+        found = next(values, config.get(common, 8))  # PEFT's default of both
+    except (AttributeError, re.error) as error:
+        raise UnreadableCheckpoint(
+            f"{where}: the adapter_config says {pattern}={config[pattern]!r}; expected numbers by patterns of names "
+            f"({error}). Save the adapter again."
+        ) from error
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise UnreadableCheckpoint(
+            f"{where}: the adapter_config says {common}={found!r} of {module!r}; expected a number. Save the adapter "
+            "again."
+        )
+    return found
 
 
 def pattern_for(module: str) -> str:
@@ -165,10 +176,11 @@ def adapter_in(checkpoint: WeightsFile, config: Mapping[str, Any] | None = None,
         return checkpoint
     where = checkpoint.path or checkpoint.label
     config = config or checkpoint.mapping_beside(ADAPTER_KEY)
-    if not config:
+    if not config and holds_adapter(checkpoint):
         raise UnreadableCheckpoint(
-            f"{where}: does not say how its adapter was configured (alpha, biases). Save adapters with "
-            "MetricsWeightedAveraging or PeftModel.save_pretrained, or pass its adapter_config to adapter_in(config=…)."
+            f"{where}: does not say how its adapter was configured (alpha, biases), and is no folder with "
+            f"{CONFIG_NAME}. Save adapters with MetricsWeightedAveraging or PeftModel.save_pretrained, or pass the "
+            "configuration to adapter_in(config=…)."
         )
     names = adapter_names(checkpoint, config, name)
     if not names:

@@ -72,6 +72,8 @@ def test_adapters_are_taken_out_of_whole_checkpoints(tmp_path):
     assert open_checkpoint(recook(path)).digest() == merged.digest()
     with pytest.raises(UnreadableCheckpoint, match="does not say how its adapter was configured"):
         adapter_in(open_checkpoint(dict(open_checkpoint(files[0]))))
+    with pytest.raises(UnreadableCheckpoint, match="holds no adapter 'default'"):
+        adapter_in(open_checkpoint({"fc.weight": torch.ones(2, 2)}))
     with pytest.raises(UnreadableCheckpoint, match="holds no adapter 'other'"):
         adapter_in(open_checkpoint(files[0]), name="other")
 

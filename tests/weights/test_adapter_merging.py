@@ -19,7 +19,7 @@ from lightning_soup.errors import (
 from lightning_soup.weights import combine, open_checkpoint
 from lightning_soup.weights.adapter_checks import check_adapters
 from lightning_soup.weights.adapter_merging import AdapterMerging, save_adapter
-from lightning_soup.weights.adapters import config_of, layers_of
+from lightning_soup.weights.adapters import WEIGHTS_NAME, config_of, layers_of
 from tests.helpers.adapters import PREFIX, VARIANTS, trained, updates, write_adapter
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -322,6 +322,50 @@ def test_a_config_that_does_not_fit_its_tensors(tmp_path):
     file = open_checkpoint(write_adapter(tmp_path / "a", {"layer": (torch.ones(1, 2), torch.ones(2, 1))}, r=4))
     with pytest.raises(UnreadableCheckpoint, match="adapter_config says rank 4"):
         layers_of(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": None}, "lora_alpha=None of 'layer'; expected a number"),
+        ({"lora_alpha": "16"}, "lora_alpha='16' of 'layer'; expected a number"),
+        ({"alpha_pattern": {"layer": True}}, "lora_alpha=True of 'layer'"),
+        ({"r": "1"}, "r='1' of 'layer'; expected a number"),
+        ({"rank_pattern": ["layer"]}, r"rank_pattern=\['layer'\]; expected numbers by patterns"),
+        ({"rank_pattern": {"layer(": 1}}, r"rank_pattern=.*unterminated subpattern"),
+    ],
+)
+def test_a_config_with_values_of_another_kind(tmp_path, config, message):
+    with pytest.raises(UnreadableCheckpoint, match=message):
+        check_adapters(pair(tmp_path, **config), "factor", "require")
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_factors_that_are_no_matrices(tmp_path, shape):
+    folder = write_adapter(tmp_path / "a", {"layer": (torch.ones(1, 2), torch.ones(2, 1))})
+    tensors = load_file(folder / WEIGHTS_NAME)
+    save_file({**tensors, f"{PREFIX}layer.lora_A.weight": torch.ones(shape)}, folder / WEIGHTS_NAME)
+    with pytest.raises(UnreadableCheckpoint, match="They are not of one adapter"):
+        layers_of(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_names_that_peft_does_not_load(tmp_path, mode):
+    folder = write_adapter(tmp_path / "a", {"layer": (torch.ones(1, 2), torch.ones(2, 1))})
+    tensors = load_file(folder / WEIGHTS_NAME)
+    in_memory = {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()}
+    save_file(in_memory, folder / WEIGHTS_NAME)
+    with pytest.raises(UnreadableCheckpoint, match=r"holds '.*layer\.lora_A\.default\.weight', but nothing that ends"):
+        check_adapters([open_checkpoint(folder)] * 2, mode, "require")
+
+
+def test_an_adapter_with_a_head_only(tmp_path):
+    folder = write_adapter(tmp_path / "a", {"layer": (torch.ones(1, 2), torch.ones(2, 1))})
+    save_file({f"{PREFIX}head.weight": torch.ones(2, 2)}, folder / WEIGHTS_NAME)
+    files = [open_checkpoint(folder)] * 2
+    check_adapters(files, "factor", "require")
+    with pytest.raises(IncompatibleIngredients, match="this is an adapter without layers of LoRA"):
+        check_adapters(files, "exact", "require")
 
 
 @pytest.mark.parametrize(
