@@ -1,7 +1,7 @@
 """Adding the merged update of adapters to the base model that they were trained on, without forming it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def dense_terms(
         The base and the update, and their coefficients by tensor.
 
     Raises:
-        IncompatibleIngredients: The base lacks a layer, has it in another shape, or is quantised.
+        IncompatibleIngredients: The base lacks a layer, holds all of them twice, has one in another shape or tied to
+            what stays as it is, or is quantised.
     """
     base = without_adapter(base)
     layers = [layers_of(adapter) for adapter in adapters]
@@ -52,6 +53,7 @@ def dense_terms(
         if (target := _target(name)) is not None:
             target = prefix + target
             kept[target] = value.to(base.specs[target].dtype) if target in base else value
+    ties = base.ties
     base = base.replaced(kept)
     updates: dict[str, StoredTensor] = {}
     for module, first in progress(layers[0].items(), "merging layers", len(layers[0])):
@@ -60,6 +62,7 @@ def dense_terms(
         updates[name] = _update(base.tensors[name], name, adapters, own, weights)
         if first.bias is not None:
             updates[f"{prefix}{module}.bias"] = MemoryTensor(rest[first.bias])
+    _check_ties(base, ties, {*kept, *updates})
     missing = [name for name in updates if name not in base]
     if missing:
         raise IncompatibleIngredients(f"{base.label}: has no {missing[0]!r}, to which the adapters add (lora_bias).")
@@ -96,16 +99,40 @@ def without_adapter(checkpoint: WeightsFile) -> WeightsFile:
 
 def _prefix(base: WeightsFile, modules: Sequence[str], adapter: WeightsFile) -> str:
     """What stands before the names of layers in the base's file, such as ``model.``."""
+    within = next((module for module in modules if ".base_layer." in module), None)
+    if within is not None:
+        raise IncompatibleIngredients(
+            f"{adapter.label}: adapts {within.partition('.base_layer.')[0]!r}, torch's MultiheadAttention, as a whole, "
+            "which cannot be added to the base here. Use merge='factor', 'exact' or 'svd', and PEFT's merge_and_unload."
+        )
     ending = f"{modules[0]}.weight"
     found = [name.removesuffix(ending) for name in base if name == ending or name.endswith(f".{ending}")]
-    for prefix in sorted(found, key=len):
-        if all(f"{prefix}{module}.weight" in base for module in modules):
-            return prefix
+    fitting = sorted((p for p in found if all(f"{p}{module}.weight" in base for module in modules)), key=len)
+    other = next((prefix for prefix in fitting if not prefix.startswith(fitting[0])), None)
+    if other is not None:
+        raise IncompatibleIngredients(
+            f"{base.label}: holds the layers of {adapter.label} twice, under {fitting[0]!r} and {other!r}. Give a file "
+            "with the one model that the adapters were trained on."
+        )
+    if fitting:
+        return fitting[0]
     lacking = next((module for module in modules if not any(n.endswith(f"{module}.weight") for n in base)), modules[0])
     raise IncompatibleIngredients(
         f"{base.label}: is not the base of {adapter.label}: it has no weight of the adapted layer {lacking!r}. Give "
         "the model that the adapters were trained on."
     )
+
+
+def _check_ties(base: WeightsFile, ties: Sequence[Sequence[str]], changed: Collection[str]) -> None:
+    """A model that ties tensors cannot hold the result where only one of them changes."""
+    for names in ties:
+        own = [name for name in names if name in changed]
+        if own and len(own) < len(names):
+            raise IncompatibleIngredients(
+                f"{base.label}: ties {' and '.join(map(repr, names))}, but the adapters change {own[0]!r} alone: the "
+                "merged file would lose that in a model that ties them. Keep the merged adapter (merge='svd' or "
+                "'exact'), or give a base that holds them apart."
+            )
 
 
 def _target(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_soup.errors import IncompatibleIngredients
 from lightning_soup.weights import combine, open_checkpoint, save_weights
@@ -101,3 +102,56 @@ def test_what_cannot_be_added_to(tmp_path):
     save_weights({"other.weight": torch.ones(3, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(IncompatibleIngredients, match=r"not the base of a: it has no weight of the adapted layer 'fc'"):
         AdapterMerging("dense", base=str(tmp_path / "other.safetensors")).terms([adapter], (1.0,))
+
+
+def test_a_base_that_ties_an_adapted_tensor_to_one_that_stays(tmp_path):
+    embed = torch.randn(4, 2)
+    torch.save({"embed.weight": embed, "head.weight": embed, "fc.weight": torch.ones(3, 2)}, tmp_path / "tied.pt")
+    torch.save({"embed.weight": embed, "head.weight": embed.clone()}, tmp_path / "apart.pt")
+    factors = (torch.randn(1, 2), torch.randn(4, 1))
+
+    def merged(name, layers, base, tensors=None):
+        adapter = open_checkpoint(write_adapter(tmp_path / name, layers, tensors))
+        return combine(*AdapterMerging("dense", base=str(tmp_path / base)).terms([adapter], (1.0,)))
+
+    for name, layers, head in (("a", {"head": factors}, None), ("b", {"fc": (torch.ones(1, 2), torch.ones(3, 1))}, 1)):
+        with pytest.raises(
+            IncompatibleIngredients, match=r"ties 'embed.weight' and 'head.weight', but .* 'head.weight' al"
+        ):
+            merged(name, layers, "tied.pt", head and {"head.weight": torch.ones(4, 2)})
+    both = merged("c", {"embed": factors, "head": factors}, "tied.pt")
+    torch.testing.assert_close(both["embed.weight"], embed + factors[1] @ factors[0])
+    assert torch.equal(both["embed.weight"], both["head.weight"])
+    apart = merged("d", {"head": factors}, "apart.pt")
+    assert torch.equal(apart["embed.weight"], embed)
+    torch.testing.assert_close(apart["head.weight"], embed + factors[1] @ factors[0])
+
+
+def test_a_base_that_holds_the_layers_twice(tmp_path):
+    adapter = open_checkpoint(write_adapter(tmp_path / "a", {"fc": (torch.ones(1, 2), torch.ones(3, 1))}))
+
+    def merged(*names):
+        save_weights({name: torch.zeros(3, 2) for name in names}, tmp_path / "base.safetensors")
+        return combine(*AdapterMerging("dense", base=str(tmp_path / "base.safetensors")).terms([adapter], (1.0,)))
+
+    with pytest.raises(
+        IncompatibleIngredients, match=r"holds the layers of a twice, under 'student\.' and 'teacher\.'"
+    ):
+        merged("student.fc.weight", "teacher.fc.weight")
+    found = merged("model.fc.weight", "model.visual.fc.weight")  # the outer one is the adapter's
+    assert {name: bool(value.any()) for name, value in found.items()} == {
+        "model.fc.weight": True,
+        "model.visual.fc.weight": False,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_attention_that_peft_adapts_as_a_whole(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    network = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
+    save_weights(network.state_dict(), tmp_path / "base.safetensors")
+    get_peft_model(network, LoraConfig(r=2, target_modules=["attn"])).save_pretrained(tmp_path / "a")
+    merging = AdapterMerging("dense", base=str(tmp_path / "base.safetensors"))
+    with pytest.raises(IncompatibleIngredients, match="adapts 'attn', torch's MultiheadAttention, as a whole"):
+        merging.terms([open_checkpoint(tmp_path / "a")], (1.0,))
