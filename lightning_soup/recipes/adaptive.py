@@ -56,7 +56,7 @@ def project(alpha: Tensor, mean: float) -> Tensor:
     shifted = alpha.detach() + high
     free = (shifted > 0) & (shifted < 1)
     if not bool(free.any()):
-        return shifted.clamp(0, 1)
+        return torch.where(free, alpha, shifted.clamp(0, 1))  # zero gradients, not none
     rest = (len(alpha) * mean - int((shifted >= 1).sum()) - alpha[free].sum()) / int(free.sum())
     return torch.where(free, alpha + rest, shifted.clamp(0, 1))
 
@@ -167,6 +167,8 @@ class AdaptiveSoup(Recipe):
         s = mixture.start().requires_grad_()
         optimizer = torch.optim.Adam([s], self.lr)
         history = [self._loss_trial("equal ratios", mixture, s, evaluator)]
+        if not mixture.leaves_a_choice:
+            return s.detach(), history
         taken, epoch = 0, 0
         steps = iter(progress(range(self.steps), "learning ratios", self.steps))
         while taken < self.steps:
@@ -202,7 +204,7 @@ class AdaptiveSoup(Recipe):
         best_s = mixture.start()
         history = [replace(tried(best_s, "equal ratios"), kept=True)]
         best = history[0].score - float(self._penalty(mixture.alpha(best_s)))
-        if len(best_s) == 1 or self.steps == 1:  # one ratio, which is the mean; nothing to choose
+        if not mixture.leaves_a_choice or self.steps == 1:
             return best_s, history
         strategy = cma_strategy(len(best_s), 10 * self.lr, self.seed)
         budget = iter(progress(range(self.steps - 1), "searching ratios", self.steps - 1))
@@ -258,6 +260,11 @@ class _Mixture:
         self.whole = {
             name for name, spec in sources[0].specs.items() if recipe.scope == "linear" and not _is_linear(name, spec)
         }
+
+    @property
+    def leaves_a_choice(self) -> bool:
+        """Whether ratios can differ: not that of one part, nor where the mean is at an end of [0, 1]."""
+        return self.count > 1 and 0 < self.recipe.mean < 1
 
     def start(self) -> Tensor:
         """S of equal ratios."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import warnings
@@ -89,7 +90,7 @@ class Ingredient:
         metrics = _monitored(opened) | {k: float(v) for k, v in record.get("metrics", {}).items()}
         told = metrics.pop(STEP, None)
         hparams = record.get("setting") or opened.mapping_beside("hyper_parameters")
-        step = opened.metadata.get("global_step") if told is None else int(told)
+        step = opened.metadata.get("global_step") if told is None or not math.isfinite(told) else int(told)
         found = cls(source, metrics, step if isinstance(step, int) else None, hparams, label or opened.label)
         found.__dict__["weights"] = opened
         return found

@@ -102,6 +102,14 @@ def test_saturated_ratios_above_one_are_brought_back():
     close(gradient, (0, 0, 0), 1e-9)  # the mean never moves
 
 
+def test_where_every_ratio_is_clipped_gradients_are_zero():
+    s = double(1, -1).requires_grad_()
+    found = ratios(s, 1.0, 0.0)
+    assert found.tolist() == [1, 1]
+    (gradient,) = torch.autograd.grad(found[0], s)
+    assert gradient.tolist() == [0, 0]
+
+
 def test_merging_scalars():
     names = ("blocks.0.w", "blocks.1.w", "blocks.2.w")
     recipe = AdaptiveSoup(mean=0.5, steps=1, lr=1e-9, **FREE)
@@ -274,6 +282,17 @@ def test_one_part_is_the_plain_average():
     for method in ("gradient", "cma"):
         soup = AdaptiveSoup(mean=0.3, parts=1, method=method, steps=3).cook([before, after], Target(after))
         assert {round(row[1], 12) for row in soup.coefficients.values()} == {0.3}
+
+
+@pytest.mark.parametrize("method", ["gradient", "cma"])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_at_the_ends_there_is_nothing_to_choose(method, mean):
+    before, after = pair()
+    evaluator = Target(of_two(before, after, ("embed", "blocks.0", "blocks.1.")))
+    for parts in (2, 3):
+        soup = AdaptiveSoup(mean=mean, parts=parts, spread=0.0, method=method).cook([before, after], evaluator)
+        assert len(soup.history) == 1
+        torch.testing.assert_close(soup.weights(), after if mean else before, rtol=0, atol=0)
 
 
 def test_the_file_is_cooked_again(tmp_path):

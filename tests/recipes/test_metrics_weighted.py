@@ -226,6 +226,15 @@ def test_where_older_checkpoints_were_deleted_the_gap_tells(tmp_path):
     assert [item.metrics["train_loss"] for item in found] == pytest.approx([1.3, 0.9])
 
 
+@pytest.mark.parametrize("step", ["NaN", "Infinity"])
+def test_a_step_that_is_not_finite_is_not_known(tmp_path, step):
+    folder = write_adapter(tmp_path / "a", {"layer": (torch.ones(1, 2), torch.ones(2, 1))})
+    (folder / "metrics.json").write_text(f'{{"step": {step}, "train_loss": 0.5}}')
+    assert MetricsWeightedSoup().cook([folder]).coefficients == (1.0,)
+    with pytest.raises(RecipeError, match="a: its 'step' is not known"):
+        MetricsWeightedSoup("step").cook([folder])
+
+
 def test_a_log_that_is_damaged_or_not_finite(tmp_path):
     folder = hf_run(tmp_path) / "checkpoint-80"
     state = folder / "trainer_state.json"
