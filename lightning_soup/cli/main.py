@@ -154,6 +154,14 @@ def _call(function: Callable[..., object], arguments: list[str], *, positional: 
     from jsonargparse import auto_cli
 
     program = f"lightning-soup {function.__name__}"
-    result = auto_cli(function, args=arguments, as_positional=positional, prog=program, allow_abbrev=False)
+    try:
+        result = auto_cli(function, args=arguments, as_positional=positional, prog=program, allow_abbrev=False)
+    except ValueError as error:  # jsonargparse wraps what a recipe says of its options
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LightningSoupError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error
     if getattr(result, "failed", None):  # a sweep that went on past failed runs, and has named them
         raise SystemExit(1)

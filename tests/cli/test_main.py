@@ -126,6 +126,25 @@ def test_one_ingredient_and_recipes_that_need_a_model(files, capsys):
     assert "needs an evaluator" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["MetricsWeightedSoup", "--recipe.penalty", "2"],
+            "penalty=2.0, scheme='linear': expected a number in [0, 1].",
+        ),
+        (["MetricsWeightedSoup", "--recipe.merge", "dense"], "merge='dense' needs base"),
+        (
+            ["InterpolatedSoup", "--recipe.soup", "MetricsWeightedSoup", "--recipe.soup.window", "0"],
+            "window=0, stride=1",
+        ),
+    ],
+)
+def test_recipes_with_options_out_of_range(files, capsys, options, message):
+    assert run("soup", "--ingredients", "run-*.pt", "--recipe", *options) == 1
+    assert capsys.readouterr().err.startswith(f"lightning-soup: {message}")
+
+
 def test_an_output_that_cannot_be_written(files, capsys):
     (files / "taken").write_text("")
     assert run("soup", "--ingredients", "run-*.pt", "--output", "taken/soup.safetensors") == 1
