@@ -44,8 +44,9 @@ class MetricsWeightedAveraging(Callback):
             -100, or else the ``attention_mask``, of a batch that is a mapping), or as one, ``"batches"``.
         leave: What the module holds afterwards: ``"soup"``, or the ``"live"`` weights that training ended with. A
             merged adapter that does not fit the module (all but ``"factor"``) is in its folder only.
-        dirpath: Folder of the checkpoints and the result; by default ``mwa`` in the run's folder.
-        filename: Name of the result: of a folder for an adapter, and with ``.ckpt`` for whole models.
+        dirpath: Folder of the checkpoints and the result; by default one named as ``filename`` in the run's folder.
+        filename: Name of the result: of a folder for an adapter, and with ``.ckpt`` for whole models. Of two such
+            callbacks in one Trainer, each needs its own, and its own ``dirpath`` where that is given.
 
     Attributes:
         soup: The :class:`.Soup`, once the fit has ended.
@@ -114,6 +115,12 @@ class MetricsWeightedAveraging(Callback):
         if stage != "fit" or trainer.fast_dev_run:
             return
         self._loaded, self._files, self._trained = None, None, False
+        others = [other for other in trainer.callbacks if isinstance(other, type(self)) and other is not self]
+        if self.dirpath is not None and self.dirpath in (other.dirpath for other in others):
+            raise UnsupportedSetup(
+                f"MetricsWeightedAveraging(dirpath={self.dirpath!r}): is that of another one in this Trainer, and they "
+                "would delete each other's checkpoints. Give each its own, or none."
+            )
         instead = "merge the checkpoints after training"
         check_strategy(trainer, type(self).__name__, "its checkpoints are sharded", instead=instead)
         if self.every_n_steps is None and not trainer.enable_validation:
@@ -139,7 +146,7 @@ class MetricsWeightedAveraging(Callback):
         state = self._loaded
         known = [path for path, _ in state["kept"]] if state else []
         resumed = trainer.ckpt_path is not None
-        folder = folder_of_fit(trainer, owner, "mwa", PATTERN, self.dirpath, resumed, known)
+        folder = folder_of_fit(trainer, owner, self.filename, PATTERN, self.dirpath, resumed, known)
         source = "It is the dirpath of MetricsWeightedAveraging, or the folder of the run."
         instead = "Give it a local dirpath, or merge the checkpoints after training."
         check_writable_on_rank_zero(trainer, folder / f"{self.filename}.ckpt", owner, source, instead)

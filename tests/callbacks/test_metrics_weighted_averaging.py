@@ -291,6 +291,19 @@ def test_a_second_fit_gets_a_folder_of_its_own(tmp_path):
         fit(tmp_path, MetricsWeightedAveraging(5, recipe(), dirpath=str(tmp_path / "mwa")))
 
 
+def test_two_in_one_trainer_keep_their_files_apart(tmp_path):
+    short = MetricsWeightedAveraging(4, recipe(2), filename="short")
+    long = MetricsWeightedAveraging(3, recipe(5))
+    fit(tmp_path, long, callbacks=[short])
+    assert [item.name for item in short.soup.ingredients] == ["step=16", "step=20"]
+    assert [item.name for item in long.soup.ingredients] == [f"step={step}" for step in (6, 9, 12, 15, 18)]
+    assert (short.soup_path, long.soup_path) == (tmp_path / "short" / "short.ckpt", tmp_path / "mwa" / "mwa.ckpt")
+    options = {"recipe": recipe(2), "dirpath": str(tmp_path / "both")}
+    both = [MetricsWeightedAveraging(3, filename=name, **options) for name in ("a", "b")]
+    with pytest.raises(UnsupportedSetup, match="they would delete each other's checkpoints"):
+        fit(tmp_path, both[0], callbacks=both[1:])
+
+
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 
