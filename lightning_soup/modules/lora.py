@@ -1,5 +1,6 @@
 """LoRA adapters in a model, by peft: how they are put in, and found again."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,13 +43,16 @@ class LoRA:
     heads: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        whole = isinstance(self.r, int) and not isinstance(self.r, bool)
+        if not whole or self.r < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise UnsupportedSetup(
-                f"LoRA(r={self.r}, alpha={self.alpha}, dropout={self.dropout}): expected r of 1 or more, alpha above 0 "
-                "and dropout in [0, 1)."
+                f"LoRA(r={self.r}, alpha={self.alpha}, dropout={self.dropout}): expected a whole r of 1 or more, a "
+                "finite alpha above 0 and dropout in [0, 1)."
             )
         if isinstance(self.targets, str) or not self.targets:
             raise UnsupportedSetup(f"LoRA(targets={self.targets!r}): expected a list of names of layers: ['qkv'].")
+        if isinstance(self.heads, str):
+            raise UnsupportedSetup(f"LoRA(heads={self.heads!r}): expected a list of names of layers: ['head'].")
 
     def plain(self) -> dict[str, Any]:
         """The options as plain values, for a checkpoint."""
@@ -71,10 +75,17 @@ def add_lora(
         A ``PeftModel`` around the model.
 
     Raises:
-        UnsupportedSetup: peft finds no such layers, or cannot adapt them.
+        UnsupportedSetup: There are no such layers, or peft cannot adapt them.
         MissingExtra: peft is not installed.
     """
     peft = import_extra("peft", "llm")
+    heads = list(heads if lora.heads is None else lora.heads)
+    names = [name for name, _ in model.named_modules()]
+    unknown = [head for head in heads if not any(name.endswith(head) for name in names)]
+    if unknown:  # peft would leave them out, and the model without a trained head
+        raise UnsupportedSetup(
+            f"LoRA(heads={heads}): {type(model).__name__} has no layer {unknown[0]!r}. Name its own, or none: heads=[]."
+        )
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -83,7 +94,7 @@ def add_lora(
         task_type=task,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        modules_to_save=list(heads if lora.heads is None else lora.heads) or None,
+        modules_to_save=heads or None,
     )
     try:
         return peft.get_peft_model(model, config)

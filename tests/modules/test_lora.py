@@ -1,5 +1,6 @@
 """LoRA in the image classifier: what is trained, what files hold, and which options are refused."""
 
+import math
 import sys
 
 import pytest
@@ -97,9 +98,13 @@ def test_through_the_command_line(tmp_path):
 
 
 def test_options_that_have_no_meaning():
-    for options in ({"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": "qkv"}, {"targets": []}):
+    ranges = ({"r": 0}, {"r": 2.5}, {"alpha": 0}, {"alpha": math.nan}, {"alpha": math.inf}, {"dropout": 1.0})
+    for options in (*ranges, {"targets": "qkv"}, {"targets": []}, {"heads": "head"}):
         with pytest.raises(UnsupportedSetup, match="LoRA"):
             LoRA(**options)
+    with pytest.raises(UnsupportedSetup, match=r"LoRA\(heads=\['fc'\]\): VisionTransformer has no layer 'fc'"):
+        ImageClassifier(**TINY, lora=LoRA(heads=["fc"]))
+    assert config_in(ImageClassifier(**TINY, lora=LoRA(heads=[])))["modules_to_save"] is None
     with pytest.raises(UnsupportedSetup, match=r"peft cannot adapt VisionTransformer with LoRA\(.*nothing"):
         ImageClassifier(**TINY, lora=LoRA(targets=["nothing"]))
     with pytest.raises(UnsupportedSetup, match=r"layer_decay=0\.9 is for training all layers"):
