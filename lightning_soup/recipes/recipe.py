@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_soup.errors import RecipeError
+from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.evaluation.evaluator import Evaluator
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart
@@ -22,6 +22,7 @@ from lightning_soup.recipes.soup_output import save_terms
 from lightning_soup.weights.adapter_merging import AdapterMerging
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
+from lightning_soup.weights.formats import WEIGHT_SUFFIXES
 from lightning_soup.weights.positions import Resampling, resampled
 from lightning_soup.weights.save import save_weights
 from lightning_soup.weights.variance import Correction
@@ -243,12 +244,17 @@ class Soup:
             The path.
 
         Raises:
-            UnwritableOutput: It cannot be written.
+            UnwritableOutput: It cannot be written, or is a file for an adapter that needs a configuration of its own.
             NonFiniteWeights: An ingredient holds a NaN.
         """
         from lightning_soup.recipes.provenance import provenance_of
 
         path = user_path(path)
+        if self.merging is not None and self.merging.mode in ("exact", "svd") and path.suffix in WEIGHT_SUFFIXES:
+            raise UnwritableOutput(
+                f"{path}: merge={self.merging.mode!r} makes an adapter of another rank and scaling, which no file "
+                f"of weights holds. Name a folder for it, such as {path.with_suffix('').name}."
+            )
         sources, coefficients = self._terms(progress)
         first = self._sources[0] if self.merging is None else sources[0]
         kept = {"like": like or first, "provenance": provenance_of(self, path.parent)}

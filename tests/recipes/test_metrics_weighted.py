@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_soup.cli.main import main
-from lightning_soup.errors import IncompatibleIngredients, RecipeError, UnreadableCheckpoint
+from lightning_soup.errors import IncompatibleIngredients, RecipeError, UnreadableCheckpoint, UnwritableOutput
 from lightning_soup.recipes import (
     Ingredient,
     MetricsWeightedSoup,
@@ -274,6 +274,21 @@ def test_the_command_line_writes_a_folder_that_recook_cooks_again(tmp_path, merg
     again = open_checkpoint(tmp_path / "merged.recooked")
     assert again.digest() == merged.digest()
     assert config_of(again) == config_of(merged)
+
+
+@pytest.mark.parametrize("merge", ["exact", "svd"])
+def test_products_go_to_a_folder_since_their_scaling_is_in_its_config(tmp_path, merge):
+    layer = {"layer": (torch.ones(1, 2), torch.ones(2, 1))}
+    folders = [write_adapter(tmp_path / name, layer, lora_alpha=4) for name in ("a", "b")]
+    soup = MetricsWeightedSoup("step", merge=merge).cook(
+        [Ingredient(folder, step=i) for i, folder in enumerate(folders)]
+    )
+    with pytest.raises(
+        UnwritableOutput, match=f"merge='{merge}' makes an adapter .* Name a folder for it, such as soup"
+    ):
+        soup.save(tmp_path / "soup.safetensors")
+    assert not (tmp_path / "soup.safetensors").exists()
+    assert updates(soup.save(tmp_path / "soup"))["layer"].flatten().tolist() == pytest.approx([4.0] * 4)
 
 
 def test_dense_on_the_command_line_and_recooked(tmp_path):
