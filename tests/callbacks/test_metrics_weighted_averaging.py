@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Subset
 
 from lightning_soup.callbacks import MetricsWeightedAveraging
-from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, NonFiniteWeights, RecipeError, UnsupportedSetup
 from lightning_soup.recipes import MetricsWeightedSoup, gather_ingredients, recook
 from lightning_soup.recipes.metrics_weighted import metric_weights
 from lightning_soup.weights import combine, open_checkpoint
@@ -140,6 +140,20 @@ def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
     with pytest.warns(UserWarning, match="left out batches whose loss is not finite: 1"):
         fit(tmp_path, MetricsWeightedAveraging(5, recipe(2)), Overflowing(), epochs=2)
     assert all(math.isfinite(values["train_loss"]) for values in kept(tmp_path).values())
+
+
+@pytest.mark.parametrize("kind", [TinyClassifier, TinyLoRA])
+@pytest.mark.filterwarnings("ignore:MetricsWeightedAveraging. left out batches")
+def test_weights_that_become_nan_stop_the_fit_and_leave_what_was_kept(tmp_path, kind):
+    class Diverging(kind):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 10:
+                with torch.no_grad():
+                    next(p for p in self.parameters() if p.requires_grad).fill_(math.nan)
+
+    with pytest.raises(NonFiniteWeights, match="step=12"):
+        fit(tmp_path, MetricsWeightedAveraging(3, recipe(3)), Diverging())
+    assert list(kept(tmp_path)) == [3, 6, 9]
 
 
 def test_manual_optimization_with_two_optimizers(tmp_path):
