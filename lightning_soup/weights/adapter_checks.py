@@ -83,8 +83,9 @@ def check_one_run(checkpoints: Sequence[WeightsFile]) -> None:
     if why:
         raise IncompatibleIngredients(
             f"{checkpoints[0].label} and the others are adapters of different runs: they {why}. Averaging their "
-            "factors would be meaningless; merge the products instead, with merge='exact' or 'svd'. If they are of one "
-            "run all the same: common_start='ignore' in the recipe, --recipe.common_start=ignore on the command line."
+            "factors would be meaningless; merge the products instead, by MetricsWeightedSoup with merge='exact' or "
+            "'svd'. If they are of one run all the same: common_start='ignore' in the recipe, "
+            "--recipe.common_start=ignore on the command line."
         )
 
 
@@ -120,7 +121,12 @@ def _same_setting(adapters: Sequence[WeightsFile]) -> None:
     """One kind of adapter on one base model."""
     for key, what, cause in (
         ("peft_type", "kinds of adapters", "Merge adapters of one kind."),
-        ("base_model_name_or_path", "base models", "An adapter fits its own base only."),
+        (
+            "base_model_name_or_path",
+            "base models",
+            "An adapter fits its own base only. If it is one under two names or paths, write one of them into every "
+            "adapter_config.json.",
+        ),
         ("revision", "revisions of the base model", "An adapter fits its own base only."),
         ("use_dora", "uses of DoRA", "Train all with it or all without."),
         ("fan_in_fan_out", "layouts of the base's weights", "They must be of one base model."),

@@ -267,7 +267,12 @@ def pair(tmp_path, first=None, second=None, **both):
 @pytest.mark.parametrize(
     ("first", "second", "mode", "message"),
     [
-        ({"base_model_name_or_path": "p"}, {"base_model_name_or_path": "q"}, "exact", "base models: p in x, q in y"),
+        (
+            {"base_model_name_or_path": "p"},
+            {"base_model_name_or_path": "q"},
+            "exact",
+            "base models: p in x, q in y.* two names or paths, write one of them into every adapter_config.json",
+        ),
         ({"peft_type": "IA3"}, {}, "factor", "kinds of adapters: IA3 in x, LORA in y"),
         ({"use_dora": True}, {}, "svd", "uses of DoRA"),
         ({"lora_alpha": 2}, {}, "factor", r"scalings alpha/r of layer: 2.0 in x, 1.0 in y.*use merge='exact'"),
