@@ -198,12 +198,12 @@ class Soup:
             RecipeError: There is no training data, or the score with the new statistics is NaN.
         """
         found = evaluator.recalibrate(self.weights(evaluator.slot()))
-        specs = self._sources[0].specs
+        specs = self.sources[0].specs
         statistics = {name: value.to("cpu", specs[name].dtype, copy=True) for name, value in found.items()}
         floating = [name for name, value in statistics.items() if value.is_floating_point()]
         if not floating:
             return self._left_alone("the model has no BatchNorm layer with running statistics")
-        if all(torch.equal(s[name], self._sources[0][name]) for s in self._sources[1:] for name in floating):
+        if all(torch.equal(s[name], self.sources[0][name]) for s in self.sources[1:] for name in floating):
             return self._left_alone(
                 f"the BatchNorm statistics ({floating[0]}, …) are the same in all ingredients; they were frozen in "
                 "fine-tuning, and the weights fit only them"
@@ -256,7 +256,7 @@ class Soup:
                 f"of weights holds. Name a folder for it, such as {path.with_suffix('').name}."
             )
         sources, coefficients = self._terms(progress)
-        first = self._sources[0] if self.merging is None else sources[0]
+        first = self.sources[0] if self.merging is None else sources[0]
         kept = {"like": like or first, "provenance": provenance_of(self, path.parent)}
         if self.repruned is not None or self.corrected:  # which needs all tensors, or whole ones
             return save_weights(self.weights(), path, **kept)
@@ -268,7 +268,7 @@ class Soup:
             return self.coefficients
         from lightning_soup.weights.coefficients import coefficient_rows
 
-        specs = self._sources[0].specs
+        specs = self.sources[0].specs
         rows = coefficient_rows(specs, self.coefficients, len(self.ingredients))
         floating = {name: spec.numel for name, spec in specs.items() if spec.dtype.is_floating_point}
         weight = torch.tensor(list(floating.values()), dtype=torch.float64, device="cpu")
@@ -301,11 +301,12 @@ class Soup:
         return -score if self.mode == "min" else score
 
     @property
-    def _sources(self) -> list[WeightsFile]:
+    def sources(self) -> list[WeightsFile]:
+        """The weights of the ingredients as they are combined: position embeddings on one grid."""
         return [resampled(item.weights, i, self.resampled) for i, item in enumerate(self.ingredients)]
 
     def _terms(self, progress: Progress = silent) -> tuple[list[WeightsFile], Row | dict[str, Row]]:
-        sources, coefficients = with_statistics(self._sources, self.coefficients, self.statistics)
+        sources, coefficients = with_statistics(self.sources, self.coefficients, self.statistics)
         return (sources, coefficients) if self.merging is None else self.merging.terms(sources, coefficients, progress)
 
 

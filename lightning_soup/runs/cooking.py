@@ -11,6 +11,7 @@ from lightning_soup.recipes.interpolated import InterpolatedSoup, for_recipe, in
 from lightning_soup.recipes.recipe import with_statistics
 from lightning_soup.runs.report import Entry, SoupReport
 from lightning_soup.weights.combine import combine
+from lightning_soup.weights.weights_file import WeightsFile
 
 ALPHAS = tuple(InterpolatedSoup().alphas)
 
@@ -71,10 +72,11 @@ def measure(
     """
     single: list[Outcome | Mapping[str, Outcome]] = []
     entries: list[Entry] = []
-    for item in progress(ingredients, "testing ingredients", len(ingredients)):
-        outcomes = evaluator.outcomes(item.weights)
+    pairs = list(zip(ingredients, _on_one_grid(ingredients, soups), strict=True))
+    for item, weights in progress(pairs, "testing ingredients", len(pairs)):
+        outcomes = evaluator.outcomes(weights)
         single.append(outcomes)
-        score = evaluator.score(item.weights)
+        score = evaluator.score(weights)
         digest = item.weights.digest()
         entries.append(Entry(item.name, "ingredient", outcomes, score, hparams=item.hparams, digest=digest))
     if init is not None:
@@ -92,11 +94,16 @@ def measure(
     return SoupReport(title, entries, evaluator.metric, evaluator.mode, notes=notes, commands=commands)
 
 
+def _on_one_grid(ingredients: Sequence[Ingredient], soups: Mapping[str, Soup]) -> list[WeightsFile]:
+    """What is measured of each ingredient: on the grid of the soup, since the module has one image size."""
+    return next((soup.sources for soup in soups.values() if soup.resampled), [item.weights for item in ingredients])
+
+
 def _curve(soups: Mapping[str, Soup], init: Ingredient, evaluator: ModuleEvaluator) -> Iterator[Entry]:
     """Points on the line from the start to the first soup that is not itself an interpolation, or to the end of one."""
     plain = [(label, soup) for label, soup in soups.items() if soup.ingredients[0] is not init]
     for label, soup in (plain or list(soups.items()))[:1]:
-        sources = [item.weights for item in soup.ingredients]
+        sources = soup.sources
         if plain:
             sources, fine_tuned = with_statistics(sources, soup.coefficients, soup.statistics)
         else:

@@ -3,11 +3,20 @@ import torch
 
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation import ModuleEvaluator
-from lightning_soup.recipes import GreedySoup, Ingredient, InterpolatedSoup, UniformSoup, gather_ingredients
+from lightning_soup.recipes import (
+    GreedySoup,
+    Ingredient,
+    InterpolatedSoup,
+    LengthAverage,
+    UniformSoup,
+    gather_ingredients,
+)
 from lightning_soup.runs.cooking import ALPHAS, cook_all, measure
 from lightning_soup.weights import combine
+from tests.evaluation.test_resolution import Sets
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.ingredients import tiny_run
+from tests.recipes.test_length_average import vit
 
 
 @pytest.fixture
@@ -69,3 +78,16 @@ def test_a_report_of_interpolations_only_has_the_curve_too(kitchen):
     curve = measure(soups, ingredients, evaluator, start).of_kind("interpolation")
     uniform = UniformSoup().cook(ingredients).weights()
     torch.testing.assert_close(curve[-1].outcomes["test"].logits, evaluator.outcomes(uniform)["test"].logits)
+
+
+def test_ingredients_of_another_image_size_are_measured_at_that_of_the_module():
+    modules = [vit(side, seed) for seed, side in enumerate((16, 24))]
+    start, *ingredients = (Ingredient(module) for module in (vit(16, 9), *modules))
+    evaluator = ModuleEvaluator(vit(16), Sets())
+    soups = cook_all([LengthAverage()], ingredients, evaluator, start)
+    report = measure(soups, ingredients, evaluator, start)
+    modules[1].model.set_input_size((16, 16))
+    for module, entry in zip(modules, report.of_kind("ingredient"), strict=True):
+        expected = evaluator.outcomes(module.state_dict())
+        assert torch.equal(entry.outcomes["far"].logits, expected["far"].logits)
+    assert len(report.of_kind("interpolation")) == len(ALPHAS)
