@@ -97,7 +97,7 @@ class LengthAverage(Recipe):
             return (1.0 / max(len(ingredients), 1),) * len(ingredients)
         given = self.lengths or [None] * len(ingredients)
         keys = [
-            json.dumps(self._stored(item) if length is None else length)
+            json.dumps(_plain(self._stored(item) if length is None else length))
             for item, length in zip(ingredients, given, strict=True)
         ]
         counts = Counter(keys)
@@ -122,10 +122,16 @@ def _as_tuple(size: Any) -> Any:
     return tuple(size) if isinstance(size, (list, tuple)) else size
 
 
+def _plain(length: Any) -> Any:
+    """A length, or the only side of a square: 24 and (24, 24) are one."""
+    sides = set(length) if isinstance(length, (list, tuple)) else ()
+    return sides.pop() if len(sides) == 1 else length
+
+
 def _pair(size: Size) -> Grid:
     if isinstance(size, int):
         return size, size
-    if len(size) != 2:
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise RecipeError(f"LengthAverage: {size}: expected a number, or height and width.")
     return size[0], size[1]
 

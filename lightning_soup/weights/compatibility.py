@@ -118,5 +118,8 @@ def _why_shapes(a: dict[str, TensorSpec], b: dict[str, TensorSpec], differing: S
         if any("embed" in name or "token" in name or "lm_head" in name for name in differing):
             return f"the tokenizer was resized ({rows[0]} against {rows[1]} rows). Use one vocabulary for all."
     if all("pos_embed" in name or "position" in name for name in differing):
-        return "another image size: the position embeddings differ. Train all ingredients at one resolution."
+        return (
+            "another image size: the position embeddings differ. Give the model the file's img_size, or train all "
+            "ingredients at one resolution, or average them by LengthAverage, which resamples."
+        )
     return "another architecture or width. All ingredients must come from one model definition."

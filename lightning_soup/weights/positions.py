@@ -101,7 +101,8 @@ def plan_resampling(
 
     Args:
         files: The checkpoints.
-        sizes: Height and width in pixels of the images of each, where known: needed where they are not square.
+        sizes: Height and width in pixels of the images of each, where known: needed where they are not square, and the
+            file's hyperparameters do not say it.
         target: Height and width in pixels that the result is for; by default the grid of the first file.
 
     Returns:
@@ -120,10 +121,15 @@ def plan_resampling(
         stem = name.removesuffix(kind)
         projection = files[0].specs.get(stem + _KINDS[kind])
         patch = projection.shape[2:] if projection is not None and len(projection.shape) == 4 else None
-        if target is None and len({shape[-2] for shape in found}) == 1 and not any(sizes):
+        told = [_told_grid(file, patch) for file in files]
+        alike = len({shape[-2] for shape in found}) == 1 and len({grid for grid in told if grid}) < 2
+        if target is None and alike and not any(sizes):
             continue
         special = _special(files[0], stem + kind.rpartition("pos")[0])
-        places = [_place(f, name, shape[-2], size, patch) for f, shape, size in zip(files, found, sizes, strict=True)]
+        places = [
+            _place(file, shape[-2], size, patch) or own
+            for file, shape, size, own in zip(files, found, sizes, told, strict=True)
+        ]
         prefix, grids = _grids(files, name, [shape[-2] for shape in found], places, special)
         if target is not None and patch is None:
             raise RecipeError(f"target_size={target}: the patch of {name!r} is not known; leave target_size out.")
@@ -148,7 +154,13 @@ def _special(file: WeightsFile, stem: str) -> int:
     return sum(spec.shape[-2] if len(spec.shape) > 1 else 1 for spec in specs)
 
 
-def _place(file: WeightsFile, name: str, tokens: int, size: Grid | None, patch: Any) -> Grid | None:
+def _told_grid(file: WeightsFile, patch: Any) -> Grid | None:
+    """The grid of the image size that the file's hyperparameters hold: patches that do not fit into it are left out."""
+    size = _told_size(file.mapping_beside("hyper_parameters"))
+    return None if size is None or patch is None else (size[0] // patch[0], size[1] // patch[1])
+
+
+def _place(file: WeightsFile, tokens: int, size: Grid | None, patch: Any) -> Grid | None:
     """The grid that a known size gives, if the file was trained on it: a size of one dimension is no help."""
     if size is None or patch is None:
         return None
@@ -168,11 +180,15 @@ def _patches(size: Grid, patch: Sequence[int], what: str) -> Grid:
 def _grids(
     files: Sequence[WeightsFile], name: str, tokens: Sequence[int], known: Sequence[Grid | None], special: int
 ) -> tuple[int, tuple[Grid, ...]]:
-    """The prefix and the grids: all special tokens have a position, or none has."""
-    for prefix in dict.fromkeys((special, 0)):
-        found = [_fit(count - prefix, grid) for count, grid in zip(tokens, known, strict=True)]
-        if all(found):
-            return prefix, tuple(found)
+    """The prefix and the grids: all special tokens have a position, or none has.
+
+    Grids that are known decide first: 9 positions may be 3×3, or 2×2 after 5 special tokens.
+    """
+    for exact in (True, False):
+        for prefix in dict.fromkeys((special, 0)):
+            found = [_fit(count - prefix, grid, exact) for count, grid in zip(tokens, known, strict=True)]
+            if all(found):
+                return prefix, tuple(found)
     told = ", ".join(f"{file.label}: {count}" for file, count in zip(files, tokens, strict=True))
     raise IncompatibleIngredients(
         f"{name!r}: the grid cannot be told from the number of its positions ({told}; {special} tokens are no "
@@ -180,9 +196,9 @@ def _grids(
     )
 
 
-def _fit(cells: int, known: Grid | None) -> Grid | None:
-    if known is not None and math.prod(known) == cells:
-        return known
+def _fit(cells: int, known: Grid | None, exact: bool) -> Grid | None:
+    if known is not None and (exact or math.prod(known) == cells):
+        return known if math.prod(known) == cells else None
     side = math.isqrt(max(cells, 0))
     return (side, side) if side and side * side == cells else None
 
@@ -210,6 +226,16 @@ def resampled(file: WeightsFile, index: int, plans: Mapping[str, Resampling]) ->
         if step is not None and isinstance(hparams, dict):
             tell_size(hparams, tuple(cells * side for cells, side in zip(plan.new, step.shape[2:], strict=True)))
     return found
+
+
+def _told_size(hparams: Mapping[str, Any]) -> Grid | None:
+    """The image size in hyperparameters, from where :func:`tell_size` writes it."""
+    config = hparams.get("model_config")
+    vision = config.get("vision_cfg") if isinstance(config, Mapping) else None
+    size = hparams.get("img_size") or (vision.get("image_size") if isinstance(vision, Mapping) else None)
+    if isinstance(size, int):
+        return size, size
+    return tuple(size) if isinstance(size, (list, tuple)) and [type(side) for side in size] == [int, int] else None
 
 
 def tell_size(hparams: MutableMapping[str, Any], size: Grid) -> None:

@@ -157,6 +157,33 @@ def test_rectangles_need_their_size():
     torch.testing.assert_close(soup.weights()["model.pos_embed"], expected)
 
 
+def test_files_say_the_size_of_rectangles(tmp_path):
+    modules = {size: vit(size, seed) for seed, size in enumerate(((8, 32), (16, 32), (16, 16)))}
+    wide, large, square = (saved(module, tmp_path / f"{h}x{w}.ckpt") for (h, w), module in modules.items())
+    for files, new in (((square, large), (4, 4)), ((large, wide), (4, 8)), ((wide, square), (2, 8))):
+        found = LengthAverage().cook(files).weights()["model.pos_embed"]  # the last two have as many tokens
+        own = [open_checkpoint(file) for file in files]
+        grids = [[side // 4 for side in file.metadata["hyper_parameters"]["img_size"]] for file in own]
+        expected = sum(
+            resample_abs_pos_embed(file["model.pos_embed"], new, grid, num_prefix_tokens=1)
+            for file, grid in zip(own, grids, strict=True)
+        )
+        torch.testing.assert_close(found, expected / 2)
+
+
+def test_a_small_grid_is_not_taken_for_register_tokens(tmp_path):
+    shape = {**SHAPE, "reg_tokens": 4, "no_embed_class": True}
+    modules = [ImageClassifier("vit_tiny_patch16_224", 3, img_size=12, model_args=shape) for _ in range(2)]
+    files = [saved(module, tmp_path / f"{number}.ckpt") for number, module in enumerate(modules)]
+    soup = LengthAverage(target_size=16, common_start="ignore").cook(files)
+    assert soup.resampled["model.pos_embed"].old == ((3, 3), (3, 3))
+
+
+def test_a_square_may_be_given_by_one_side(files):
+    soup = LengthAverage(group="by_length", lengths=[(16, 16), 24, (24, 24)]).cook(files)
+    assert soup.coefficients == (0.5, 0.25, 0.25)
+
+
 def test_open_clip():
     torch.manual_seed(0)
     parts = {"visual.conv1.weight": (8, 3, 4, 4), "visual.class_embedding": (8,), "visual.proj": (8, 8)}
@@ -186,6 +213,7 @@ def test_from_the_command_line(files, tmp_path, capsys):
         ({"group": "mean"}, "flat or by_length"),
         ({"lengths": [0, 1, 2]}, "1 or more"),
         ({"target_size": 0}, "1 or more"),
+        ({"lengths": [1.5, 2, 2]}, "1.5: expected a number"),
         ({"lengths": [16, 24]}, "2 lengths given for 3 ingredients"),
         ({"target_size": 18}, "multiples"),
         ({"group": "by_length", "length_key": "tokens"}, "length of 0.ckpt is not known"),
