@@ -86,15 +86,36 @@ def snapped(size: int, patch: int, snap: str = "error") -> int:
 
 
 def patch_of(model: nn.Module) -> tuple[int, int] | None:
-    """Patch height and width of a vision transformer of timm or open_clip; None of networks without patches."""
+    """Patch height and width of a vision transformer of timm or open_clip; None of networks without patches.
+
+    It is what the side of an image is divided by: the stride of patches that overlap, and of hybrids, whose patches are
+    cut out of the features of a CNN, that of both together.
+    """
     for place in (model, getattr(model, "visual", None), getattr(getattr(model, "visual", None), "trunk", None)):
         embedding = getattr(place, "patch_embed", None)
-        for found in (getattr(place, "patch_size", None), getattr(embedding, "patch_size", None)):
+        own = getattr(embedding, "patch_size", None)
+        ratio = embedding.feat_ratio(as_scalar=False) if hasattr(embedding, "feat_ratio") else None
+        stride = None if own is None else getattr(getattr(embedding, "proj", None), "stride", None)
+        for found in (ratio, stride, getattr(place, "patch_size", None), own):
             if isinstance(found, int):
                 return found, found
             if isinstance(found, (tuple, list)) and len(found) == 2:
                 return int(found[0]), int(found[1])
     return None
+
+
+def check_patches(model: nn.Module, size: Sequence[int]) -> None:
+    """Refuse a size that a model's patches do not divide: it would leave pixels at the margins out.
+
+    Raises:
+        UnsupportedSetup: They do not.
+    """
+    patch = patch_of(model)
+    if patch is not None and (size[0] % patch[0] or size[1] % patch[1]):
+        raise UnsupportedSetup(
+            f"{type(model).__name__} cannot take images of {size[0]}×{size[1]}: its patches are {patch[0]}×{patch[1]}. "
+            "Choose sizes that they divide."
+        )
 
 
 def tokens_of(model: nn.Module, size: tuple[int, int]) -> int:
@@ -109,10 +130,16 @@ def tokens_of(model: nn.Module, size: tuple[int, int]) -> int:
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images ``[B, C, H, W]`` at another size: bicubic with antialias, computed in float32 whatever their type."""
+    """Images ``[B, C, H, W]`` at another size: bicubic with antialias, computed in float32 whatever their type.
+
+    What bicubic resizing puts beyond the range of an integer type is cut off: 256 as a byte would be 0.
+    """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     found = functional.interpolate(images.float(), tuple(size), mode="bicubic", antialias=True, align_corners=False)
+    if not images.dtype.is_floating_point:
+        limits = torch.iinfo(images.dtype)
+        found = found.round().clamp(limits.min, limits.max)
     return found.to(images.dtype)
 
 
@@ -127,11 +154,12 @@ def timm_at_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
         size: Height and width.
 
     Raises:
-        UnsupportedSetup: It cannot take this size.
+        UnsupportedSetup: It cannot take this size, or its patches do not divide it.
     """
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if getattr(model, "dynamic_img_size", False) or not hasattr(model, "set_input_size") or own == tuple(size):
         return model
+    check_patches(model, size)
     changed = copy.deepcopy(model)
     try:
         with torch.no_grad():

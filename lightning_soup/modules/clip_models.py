@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.image_sizes import patch_of, timm_at_size
+from lightning_soup.evaluation.image_sizes import check_patches, timm_at_size
 from lightning_soup.modules.zero_shot import evaluating
 from lightning_soup.weights.positions import resample_positions
 
@@ -171,12 +171,7 @@ def clip_at_size(model: nn.Module, config: Mapping[str, Any], size: tuple[int, i
         changed.visual.trunk = timm_at_size(model.visual.trunk, size)
         changed.visual.image_size = tuple(size)
         return changed
-    patch = patch_of(model)
-    if patch is not None and (size[0] % patch[0] or size[1] % patch[1]):
-        raise UnsupportedSetup(
-            f"The model cannot take images of {size[0]}×{size[1]}: its patches are {patch[0]}×{patch[1]}. Choose sizes "
-            "that they divide."
-        )
+    check_patches(model, size)
     arguments = deepcopy(dict(config))
     arguments["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else tuple(size)
     changed = build_clip(arguments)

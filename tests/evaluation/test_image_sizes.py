@@ -82,6 +82,23 @@ def test_tokens_of_models():
     assert tokens_of(clip, (16, 16)) == 17
 
 
+@pytest.mark.parametrize(
+    ("name", "patch"), [("pvt_v2_b0", 4), ("vit_tiny_r_s16_p8_224", 32), ("vitamin_small_224", 16)]
+)
+def test_patches_that_overlap_or_are_cut_from_features(name, patch):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert patch_of(model) == (patch, patch)
+
+
+def test_images_of_bytes_stay_within_their_range():
+    images = torch.tensor([[0, 0, 255, 255]], dtype=torch.uint8).repeat(4, 1)[None, None]
+    found, exact = resized(images, (8, 8)), resized(images.float(), (8, 8))
+    assert exact.min() < -1
+    assert exact.max() > 256
+    assert torch.equal(found, exact.round().clamp(0, 255).to(torch.uint8))
+
+
 def test_resizing_is_in_float32_with_antialias():
     images = torch.rand(2, 1, 16, 16)
     expected = nn.functional.interpolate(images, (10, 12), mode="bicubic", antialias=True)
@@ -119,6 +136,11 @@ def test_a_vit_at_another_size_is_a_copy():
     assert torch.equal(dynamic(images), changed(images))
     network = timm.create_model("test_byobnet")
     assert timm_at_size(network, (99, 50)) is network
+
+
+def test_pixels_at_the_margins_are_not_left_out():
+    with pytest.raises(UnsupportedSetup, match="cannot take images of 16×18: its patches are 4×4"):
+        timm_at_size(vit(), (16, 18))
 
 
 def test_a_size_that_windows_do_not_divide():
