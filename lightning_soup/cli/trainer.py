@@ -141,7 +141,7 @@ class SoupTrainer(Trainer):
             search: Which sizes, and by which rule one is chosen.
             ckpt: Weights to evaluate, in any format; by default those that the model is built with.
             output: Folder of ``resolution.json``, ``resolution.png`` (accuracy and cost over size) and ``table.json``,
-                which the same command goes on with as long as the weights are the same.
+                which the same command goes on with as long as weights, data and hyperparameters are the same.
             test: Report the metric of the test data at the chosen size and at that of training.
 
         Returns:
@@ -164,7 +164,7 @@ class SoupTrainer(Trainer):
         shown = silent if self.progress_bar_callback is None else rich_progress
         found = chosen_by.run(model, datamodule, folder / "table.json", shown, self)
         testable = test and is_overridden("test_dataloader", datamodule)
-        tested = test_scores(chosen_by, found, model, datamodule) if testable else {}
+        tested = test_scores(chosen_by, found, model, datamodule, self) if testable else {}
         write_resolution(found, tested, folder)
         log_resolution(self.loggers, found, tested)
         self._tell(resolution_table(found, tested), f"Written to {plain(folder)}")

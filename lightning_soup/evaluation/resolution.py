@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
+from xxhash import xxh3_128_hexdigest
 
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.evaluation.detection import detection_metrics
@@ -85,16 +86,24 @@ class ResolutionSearch:
             raise UnsupportedSetup(f"snap={self.snap!r}: expected 'error' or 'nearest'.")
         if self.metric not in ("acc", "nll", "auc", "f1"):
             raise UnsupportedSetup(f"metric={self.metric!r}: expected 'acc', 'nll', 'auc' or 'f1'.")
-        if self.sizes == [] or self.bounds == []:
-            raise UnsupportedSetup(
-                "A search needs at least one size: sizes=[192, 224, 256], or none for the usual grid."
-            )
+        for name, given in (("sizes", self.sizes), ("bounds", self.bounds)):
+            if given is None:
+                continue
+            if not isinstance(given, (list, tuple)) or not given:
+                raise UnsupportedSetup(
+                    f"{name}={given!r}: a search needs at least one size: sizes=[192, 224, 256], or none for the usual "
+                    "grid."
+                )
+            for one in given:
+                if not (name == "sizes" and isinstance(one, int)) and not _is_pair(one):
+                    wanted = "height and width, or one side" if name == "sizes" else "the lowest and highest area"
+                    raise UnsupportedSetup(f"{name} holds {one!r}: expected whole numbers, {wanted}.")
         if self.metric != "acc" and self.rule != "best" and self.min_gain is None:
             raise UnsupportedSetup(
                 f"metric={self.metric!r} has no standard error that tells a gain from chance. Give min_gain, what a "
                 "gain must be more than, or rule='best'."
             )
-        if self.min_gain is not None and self.min_gain < 0:
+        if self.min_gain is not None and not self.min_gain >= 0:
             raise UnsupportedSetup(f"min_gain={self.min_gain}: expected 0 or more.")
         if self.split not in ("val", "test"):
             raise UnsupportedSetup(f"split={self.split!r}: expected 'val' or 'test'.")
@@ -120,10 +129,11 @@ class ResolutionSearch:
 
         Args:
             module: Its ``predict_step`` gives logits. It is left as it was: the size is put to a copy of its ``model``.
+                A trainer moves it to its device, and one of true half precision converts it, as in its own validation.
             data: Held-out data: a data module, a loader, or several by the name of the task. From data modules over
                 image files each size is made of the files' own pixels, from all others of the tensors that they give.
-            table: A JSON file that is written after each candidate; what it holds of the same weights is not
-                evaluated again.
+            table: A JSON file that is written after each candidate; what it holds of the same weights, data and
+                hyperparameters is not evaluated again.
             progress: Shows how far it is.
             trainer: Decides device and precision; by default where the module is.
 
@@ -131,19 +141,19 @@ class ResolutionSearch:
             UnsupportedSetup: A size that the model cannot take, or there is no such data.
             LightningSoupError: A metric is NaN.
         """
-        module = getattr(module, "_orig_mod", module)  # compiling anew for each size gains nothing
+        module, device, precision = _placed(module, trainer)
         tasks = images_of(data, self.split)
         model = vision_model(module)
         train = self._train(next(iter(tasks.values())), model)
         candidates = self._candidates(model, train)
-        device = module.device if trainer is None else trainer.strategy.root_device
-        precision = Precision() if trainer is None else trainer.precision_plugin
-        module.to(device)
+        factor = self._factor(model) if self.bounds else None
         channels = next(iter(tasks.values())).channels
         for candidate in candidates:
             if candidate.size is not None:
                 rehearse(module, candidate.size, channels)
-        kept = Table(table, open_checkpoint(module).digest(), self.split, self.metric)
+        judged = f"{precision.precision} {dict(module.hparams)}"
+        marks = {task: xxh3_128_hexdigest(f"{judged} {images.digest}".encode()) for task, images in tasks.items()}
+        kept = Table(table, open_checkpoint(module).digest(), self.split, self.metric, factor, marks)
         scores: dict[str, dict[Resolution, SizeScore]] = {task: {} for task in tasks}
         work = [(candidate, task) for candidate in candidates for task in tasks]
         for candidate, task in progress(work, "evaluating sizes", len(work)):
@@ -155,14 +165,17 @@ class ResolutionSearch:
         return ResolutionChoice(scores, self._chosen(scores, train), train, self.rule, self.metric, self.split)
 
     def evaluate(
-        self, module: LightningModule, data: HeldOut, candidate: Resolution, split: Literal["val", "test"] = "test"
+        self,
+        module: LightningModule,
+        data: HeldOut,
+        candidate: Resolution,
+        split: Literal["val", "test"] = "test",
+        trainer: Trainer | None = None,
     ) -> dict[str, SizeScore]:
         """The metric of each task at one size: what is reported, once, after the choice."""
+        module, device, precision = _placed(module, trainer)
         tasks = images_of(data, split)
-        return {
-            task: self._evaluate(module, images, candidate, module.device, Precision())
-            for task, images in tasks.items()
-        }
+        return {task: self._evaluate(module, images, candidate, device, precision) for task, images in tasks.items()}
 
     def _train(self, images: SizedImages, model: nn.Module) -> Resolution:
         size = images.own_size if self.train_size is None else self.train_size
@@ -182,6 +195,15 @@ class ResolutionSearch:
         found = [Resolution(size) for size in sides] + [Resolution(bounds=tuple(one)) for one in self.bounds or []]
         return list(dict.fromkeys([*found, train]))
 
+    def _factor(self, model: nn.Module) -> int:
+        patch = patch_of(model)
+        least = 1 if patch is None else math.lcm(*patch)
+        if self.factor is not None and self.factor % least:
+            raise UnsupportedSetup(
+                f"factor={self.factor}: expected a multiple of the patch size {least}, or no factor to take just that."
+            )
+        return self.factor or (28 if patch is None else least)
+
     def _evaluate(
         self,
         module: LightningModule,
@@ -193,8 +215,9 @@ class ResolutionSearch:
         if candidate.size is not None:
             groups = {candidate.size: images.at(candidate.size)}
         else:
-            patch = patch_of(vision_model(module))
-            groups = images.within(*candidate.bounds, self.factor or (patch[0] if patch else 28))
+            groups = images.within(*candidate.bounds, self._factor(vision_model(module)))
+            for size in groups:
+                rehearse(module, size, images.channels)
         clock, outcomes, tokens = Clock(), [], 0
         for size, batches in groups.items():
             with at_size(module, size) as model, clock.on(*{module, model}):
@@ -226,3 +249,16 @@ class ResolutionSearch:
         rows = list(scores.values())
         mean = {candidate: mean_score([row[candidate] for row in rows]) for candidate in rows[0]}
         return dict.fromkeys(scores, choose(mean, train, self.rule, mode, self.min_gain))
+
+
+def _placed(module: LightningModule, trainer: Trainer | None) -> tuple[LightningModule, torch.device, Precision]:
+    """The module where a trainer has it, and as precise; compiling it anew for each size would gain nothing."""
+    module = getattr(module, "_orig_mod", module)
+    if trainer is None:
+        return module, module.device, Precision()
+    device, precision = trainer.strategy.root_device, trainer.precision_plugin
+    return precision.convert_module(module.to(device)), device, precision
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and [type(part) for part in value] == [int, int]

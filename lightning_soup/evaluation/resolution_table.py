@@ -144,12 +144,23 @@ def mean_score(scores: Sequence[SizeScore]) -> SizeScore:
 
 @dataclass
 class Table:
-    """The file of a search, which is written after each candidate."""
+    """The file of a search, which is written after each candidate.
+
+    Args:
+        path: Of the file; None: nothing is kept.
+        digest: Of the weights: rows of others are dropped.
+        split: Of the data.
+        metric: The metric.
+        factor: Of the sides within bounds.
+        marks: By task, what stands for all else that decides a row: the images, and how they are judged.
+    """
 
     path: str | Path | None
     digest: str
     split: str
     metric: str
+    factor: int | None
+    marks: Mapping[str, str]
     rows: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,7 +178,8 @@ class Table:
                 ) from error
 
     def _key(self, task: str, candidate: Resolution) -> str:
-        return f"{self.split} | {task} | {self.metric} | {candidate}"
+        size = candidate if candidate.bounds is None else f"{candidate} by {self.factor}"
+        return f"{self.split} | {task} | {self.metric} | {size} | {self.marks[task]}"
 
     def get(self, task: str, candidate: Resolution) -> SizeScore | None:
         """What it holds of a candidate."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from operator import length_hint
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from lightning_soup.data.vision import ImageView, VisionDataModule
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.image_sizes import resized, smart_resize
 from lightning_soup.evaluation.loading import listed
+from lightning_soup.weights.weights_file import open_checkpoint
 
 __all__ = ["HeldOut", "SizedImages", "images_of"]
 
@@ -45,6 +47,11 @@ class SizedImages(ABC):
     def channels(self) -> int:
         """Colour channels of the images."""
 
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Tells these images from others, by the first of them and by how many there are."""
+
 
 class DecodedImages(SizedImages):
     """Images of a data module over files: each size is made from the file's own pixels, as evaluation does it.
@@ -69,6 +76,12 @@ class DecodedImages(SizedImages):
     def channels(self) -> int:
         """Always in RGB."""
         return self.data.preprocessing.input_size[0]
+
+    @property
+    def digest(self) -> str:
+        """The first image as it is evaluated, and which images of the set there are."""
+        image, target = ImageView(self._images, self._view.transform, self._view.indices, self._view.class_map)[0]
+        return f"{open_checkpoint({'image': image}).digest()} {target} {list(self._view.indices)}"
 
     def at(self, size: Size) -> Iterable[tuple[Tensor, Tensor]]:
         """Resized and cropped in the middle, as in evaluation."""
@@ -132,31 +145,42 @@ class LoadedImages(SizedImages):
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     @cached_property
-    def _shape(self) -> tuple[int, int, int]:
+    def _first(self) -> tuple[Tensor, Any]:
         first = next(iter(self._batches()), None)
         if first is None:
             raise UnsupportedSetup("The loader of held-out images gives no batches. Give it some.")
-        return tuple(first[0].shape[1:])
+        return first
 
     @property
     def own_size(self) -> Size:
         """That of the first batch."""
-        return self._shape[1:]
+        return tuple(self._first[0].shape[2:])
 
     @property
     def channels(self) -> int:
         """Those of the first batch."""
-        return self._shape[0]
+        return self._first[0].shape[1]
+
+    @property
+    def digest(self) -> str:
+        """The first batch, and the number of batches where the loader knows it."""
+        tensors = {str(place): part for place, part in enumerate(self._first) if torch.is_tensor(part)}
+        return f"{open_checkpoint(tensors).digest()} {length_hint(self._loader, -1)}"
 
     def at(self, size: Size) -> Iterator[tuple[Tensor, Tensor]]:
         """Resized, bicubic with antialias."""
         return ((resized(images, size), targets) for images, targets in self._batches())
 
     def within(self, low: int, high: int, factor: int) -> dict[Size, Iterable[tuple[Tensor, Tensor]]]:
-        """All at one size, since a batch has one."""
-        height, width = self.own_size
-        size = smart_resize(height, width, factor, low, high)
-        return {size: self.at(size)}
+        """Each batch at a size of its own: loaders of images in their own sizes give them one by one."""
+        shapes = dict.fromkeys(tuple(images.shape[2:]) for images, _ in self._batches())
+        sizes = {shape: smart_resize(*shape, factor, low, high) for shape in shapes}
+        return {size: self._with(size, sizes) for size in dict.fromkeys(sizes.values())}
+
+    def _with(self, size: Size, sizes: Mapping[Size, Size]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets in self._batches():
+            if sizes[tuple(images.shape[2:])] == size:
+                yield resized(images, size), targets
 
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         if self._kept is not None:

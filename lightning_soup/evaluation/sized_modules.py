@@ -87,7 +87,9 @@ def rehearse(module: LightningModule, size: tuple[int, int], channels: int) -> N
     Raises:
         UnsupportedSetup: It does not.
     """
-    image = torch.zeros(1, channels, *size, device=module.device, dtype=module.dtype)
+    # module.dtype does not know of bfloat16()
+    dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), module.dtype)
+    image = torch.zeros(1, channels, *size, device=module.device, dtype=dtype)
     modes = [(part, part.training) for part in module.modules()]
     try:
         with at_size(module, size), torch.no_grad():
@@ -97,8 +99,8 @@ def rehearse(module: LightningModule, size: tuple[int, int], channels: int) -> N
         raise
     except Exception as error:  # whatever a network makes of a size that it cannot have
         raise UnsupportedSetup(
-            f"{type(vision_model(module)).__name__} cannot take images of {size[0]}×{size[1]}: "
-            f"{str(error).rstrip('.')}. Choose sizes that its patches and windows divide, or build it with "
+            f"{type(vision_model(module)).__name__} cannot take images of {size[0]}×{size[1]} with {channels} "
+            f"channels: {str(error).rstrip('.')}. Choose sizes that its patches and windows divide, or build it with "
             "dynamic_img_size=True."
         ) from error
     finally:

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -26,7 +26,13 @@ __all__ = ["Tested", "log_resolution", "resolution_picture", "resolution_table",
 Tested = Mapping[str, Mapping[Resolution, SizeScore]]
 
 
-def test_scores(search: ResolutionSearch, found: ResolutionChoice, module: LightningModule, data: HeldOut) -> Tested:
+def test_scores(
+    search: ResolutionSearch,
+    found: ResolutionChoice,
+    module: LightningModule,
+    data: HeldOut,
+    trainer: Trainer | None,
+) -> Tested:
     """Each test set at the size that was chosen and at that of training: what may be reported, measured once.
 
     A test set that is called like a task has the choice of that task.
@@ -35,7 +41,7 @@ def test_scores(search: ResolutionSearch, found: ResolutionChoice, module: Light
     common = found.train if several else found.choice
     tested: dict[str, dict[Resolution, SizeScore]] = {}
     for candidate in dict.fromkeys([found.train, common, *found.chosen.values()]):
-        for task, score in search.evaluate(module, data, candidate).items():
+        for task, score in search.evaluate(module, data, candidate, trainer=trainer).items():
             if candidate in (found.train, found.chosen.get(task, common)):
                 tested.setdefault(task, {})[candidate] = score
     return tested

@@ -200,6 +200,38 @@ def test_the_table_is_gone_on_with(tmp_path):
         ResolutionSearch(sizes=[12]).run(module, data, table)
 
 
+def test_rows_of_other_data_and_other_options_are_not_gone_on_with(tmp_path):
+    table = tmp_path / "table.json"
+
+    def rows(module, data, **options):
+        ResolutionSearch(bounds=[(100, 300)], **options).run(module, data, table)
+        return len(json.loads(table.read_text())["rows"])
+
+    assert rows(classifier(), loader()) == 2
+    assert rows(classifier(), loader()) == 2
+    assert rows(classifier(), loader(seed=1)) == 4
+    assert rows(classifier(), loader(seed=1), factor=8) == 5  # the row of one size is the same
+    assert rows(classifier(), loader(seed=1, count=28), factor=8) == 7
+
+
+def test_rows_of_files(folder, tmp_path):
+    module, table = Probe(), tmp_path / "table.json"
+    found = [ResolutionSearch(sizes=[16]).run(module, of_files(folder), table) for _ in range(2)]
+    assert found[0].scores == found[1].scores
+    Image.new("RGB", (40, 40)).save(folder / "val" / "cat" / "0.png")
+    ResolutionSearch(sizes=[16]).run(module, of_files(folder), table)
+    assert len(json.loads(table.read_text())["rows"]) == 4
+
+
+def test_rows_of_other_class_names(tmp_path):
+    data = DataLoader(TensorDataset(torch.rand(9, 3, 16, 16), torch.arange(9) % 2), 4)
+    for names in (["cat", "dog"], ["hat", "cup"]):
+        torch.manual_seed(0)
+        module = CLIPClassifier(model_config=CLIP, classnames=names, train="both", head="text")
+        ResolutionSearch(sizes=[12]).run(module, data, tmp_path / "table.json")
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 4
+
+
 def test_a_search_that_breaks_off_leaves_the_model_and_its_table(tmp_path):
     module, own = (made := classifier()), made.model
 
@@ -276,10 +308,26 @@ def test_bounds_keep_the_aspect_ratio(folder):
     bounds = (1000, 1600)
     found = ResolutionSearch(bounds=[bounds], factor=4).run(module, of_files(folder))
     expected = sorted([smart_resize(h, w, 4, *bounds) for w, h in ((40, 40), (30, 60), (64, 32), (40, 40))] * 2)
-    shapes = [tuple(images.shape[-2:]) for images in module.seen if tuple(images.shape[-2:]) != (32, 32)]
-    counts = [len(images) for images in module.seen if tuple(images.shape[-2:]) != (32, 32)]
+    seen = [images for images in module.seen if tuple(images.shape[-2:]) != (32, 32) and images.any()]
+    shapes, counts = [tuple(images.shape[-2:]) for images in seen], [len(images) for images in seen]
     assert sorted(shape for shape, count in zip(shapes, counts, strict=True) for _ in range(count)) == expected
     assert found.scores["val"][Resolution(bounds=bounds)].images == 8
+
+
+def test_bounds_of_batches_in_sizes_of_their_own():
+    module = Probe()
+    shapes = [(16, 32), (32, 16), (24, 24), (16, 32)]
+    data = DataLoader([(torch.rand(3, *shape), number % 2) for number, shape in enumerate(shapes)], 1)
+    found = ResolutionSearch(bounds=[(2000, 3000)], factor=4, train_size=20).run(module, data)
+    seen = [tuple(images.shape[2:]) for images in module.seen if images.any()]
+    assert sorted(seen[:4]) == sorted(smart_resize(*shape, 4, 2000, 3000) for shape in shapes)
+    assert {score.images for score in found.scores["val"].values()} == {4}
+
+
+def test_bounds_of_a_network_of_one_size():
+    module = ImageClassifier("mixer_s32_224", 3, in_chans=1)
+    with pytest.raises(UnsupportedSetup, match=r"MlpMixer cannot take images of 192×192 with 1 channels"):
+        ResolutionSearch(bounds=[(30000, 40000)], factor=32).run(module, loader(size=224, count=3))
 
 
 def test_bounds_of_a_vit(folder):
@@ -323,12 +371,25 @@ def test_a_compiled_module():
     compiled = torch.compile(module, backend="eager")
     found, expected = (ResolutionSearch(sizes=[12]).run(one, loader()) for one in (compiled, module))
     assert found.scores["val"][square(12)].metric == expected.scores["val"][square(12)].metric
+    assert (
+        ResolutionSearch().evaluate(compiled, loader(), square(12))["test"].metric
+        == found.scores["val"][square(12)].metric
+    )
 
 
-def test_in_the_precision_of_a_trainer():
-    trainer = quiet_trainer(precision="bf16-mixed")
-    found = ResolutionSearch(sizes=[12, 24]).run(classifier(), loader(), trainer=trainer)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_in_the_precision_of_a_trainer(precision):
+    trainer, module, search = quiet_trainer(precision=precision), classifier(), ResolutionSearch(sizes=[12, 24])
+    found = search.run(module, loader(), trainer=trainer)
     assert all(0 <= score.metric <= 1 for score in found.scores["val"].values())
+    again = search.evaluate(module, loader(), square(24), trainer=trainer)["test"]
+    assert again.metric == found.scores["val"][square(24)].metric
+
+
+def test_a_module_of_half_precision():
+    module, (images, labels) = classifier().bfloat16(), loader().dataset.tensors
+    found = ResolutionSearch(sizes=[12]).run(module, DataLoader(TensorDataset(images.bfloat16(), labels), 8))
+    assert found.scores["val"][square(12)].images == 20
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -339,6 +400,10 @@ def test_in_the_precision_of_a_trainer():
     [
         ({"sizes": []}, "at least one size"),
         ({"bounds": []}, "at least one size"),
+        ({"sizes": 224}, "sizes=224: a search needs"),
+        ({"sizes": [(224,)]}, "sizes holds \\(224,\\): expected whole numbers, height and width"),
+        ({"bounds": [100]}, "bounds holds 100: expected whole numbers, the lowest and highest"),
+        ({"min_gain": math.nan}, "min_gain=nan"),
         ({"rule": "luck"}, "'keep_train', 'best' or 'one_se'"),
         ({"snap": "up"}, "'error' or 'nearest'"),
         ({"metric": "bleu"}, "'acc', 'nll', 'auc' or 'f1'"),
@@ -362,6 +427,11 @@ def test_options_that_cannot_be(options, message):
 def test_sizes_that_cannot_be(sizes, message):
     with pytest.raises(UnsupportedSetup, match=message):
         ResolutionSearch(sizes=sizes).run(classifier(), loader())
+
+
+def test_a_factor_that_patches_do_not_divide():
+    with pytest.raises(UnsupportedSetup, match="factor=6: expected a multiple of the patch size 4"):
+        ResolutionSearch(bounds=[(100, 300)], factor=6).run(classifier(), loader())
 
 
 def test_data_that_cannot_be():
