@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.image_sizes import patch_of, snapped, timm_at_size
+from lightning_soup.evaluation.image_sizes import check_patches, timm_at_size
 from lightning_soup.evaluation.sized_modules import rehearse
 from lightning_soup.modules.classification import Batch, ClassificationModule
 from lightning_soup.modules.initial_weights import head_layers, load_initial_weights
@@ -99,6 +99,8 @@ class ImageClassifier(ClassificationModule):
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup, layer_decay)
         if lora is not None and layer_decay is not None:
             raise UnsupportedSetup(f"layer_decay={layer_decay} is for training all layers; leave it out beside lora.")
+        if token_budget is not None and train_sizes is None:
+            raise UnsupportedSetup(f"token_budget={token_budget} is for train_sizes: give them, or leave it out.")
         self.save_hyperparameters(ignore=["lora"])
         lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
         self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
@@ -158,10 +160,8 @@ class ImageClassifier(ClassificationModule):
                 f"train_sizes: {self.hparams.model_name} has one image size at a time, which must not change while it "
                 "is trained. Take a ViT that can be built with dynamic_img_size=True, or a CNN."
             )
-        patch = patch_of(self.model) or (1, 1)
         for size in dict.fromkeys(self.train_sizes.sizes):
-            for side, step in zip(size, patch, strict=True):
-                snapped(side, step)
+            check_patches(self.model, size)
             rehearse(self, size, self.hparams.in_chans)
 
     def training_loss(self, batch: Batch) -> Tensor:

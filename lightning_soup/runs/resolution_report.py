@@ -15,6 +15,7 @@ from lightning_soup.evaluation.resolution import ResolutionSearch
 from lightning_soup.evaluation.resolution_table import Resolution, ResolutionChoice, SizeScore
 from lightning_soup.evaluation.sized_images import HeldOut
 from lightning_soup.runs.figures import BLUE, COLOURS, GREY, MARKERS, Picture, new_figure
+from lightning_soup.runs.report_json import plain
 from lightning_soup.runs.tracking import log_pictures
 from lightning_soup.weights.atomic import atomic_path
 
@@ -83,8 +84,8 @@ def resolution_picture(found: ResolutionChoice) -> Picture:
     caption = f"{found.metric} and cost over image size, on {found.selection_split}; ringed: chosen"
     with new_figure(7.2, 3.0, pictures, "resolution", caption) as figure:
         left, right = figure.subplots(1, 2)
-        looks = zip(found.scores.items(), cycle((BLUE, *COLOURS)), cycle(("o", *MARKERS)), strict=False)
-        for (task, row), colour, marker in looks:
+        styles = cycle(zip((BLUE, *COLOURS), ("o", *MARKERS), strict=True))
+        for (task, row), (colour, marker) in zip(found.scores.items(), styles, strict=False):
             order = sorted(row, key=lambda one: row[one].tokens)
             labels = [str(candidate) for candidate in order]
             values = [scale * row[one].metric for one in order]
@@ -115,7 +116,7 @@ def write_resolution(found: ResolutionChoice, tested: Tested, folder: Path) -> P
     """
     held = {**found.as_dict(), "test": _plain(tested)}
     with atomic_path(folder / "resolution.json") as temporary:
-        temporary.write_text(json.dumps(held, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(plain(held), indent=1, allow_nan=False), encoding="utf-8")
     with atomic_path(folder / "resolution.png") as temporary:
         temporary.write_bytes(resolution_picture(found).png)
     return folder

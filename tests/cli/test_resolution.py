@@ -6,11 +6,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.axes import Axes
 
 from lightning_soup import HandwritingDataModule, ImageClassifier, ResolutionSearch, save_weights
 from lightning_soup.cli.main import main
 from lightning_soup.cli.trainer import SoupTrainer
 from lightning_soup.errors import IncompatibleIngredients, UnsupportedSetup
+from lightning_soup.evaluation.resolution_table import Resolution, ResolutionChoice, SizeScore
+from lightning_soup.runs.resolution_report import resolution_picture
 
 SHAPE = {"patch_size": 7, "embed_dim": 8, "depth": 1, "num_heads": 1, "global_pool": "avg", "class_token": False}
 MODEL = {"model_name": "vit_tiny_patch16_224", "img_size": 28, "in_chans": 1, "model_args": SHAPE}
@@ -75,6 +78,32 @@ def test_bad_input_is_one_message_and_nothing_is_written(config, tmp_path, capsy
         assert stop.value.code == 1
         assert message in capsys.readouterr().err
         assert not out.exists()
+
+
+def test_the_files_are_json_that_all_readers_know(tmp_path):
+    search = ResolutionSearch(sizes=[21], metric="nll", min_gain=0.1)
+    quiet(precision="bf16-true").resolution(
+        classifier(), HandwritingDataModule(**DATA), search=search, output=str(tmp_path), test=False
+    )
+
+    def refused(value):
+        raise AssertionError(value)
+
+    held = json.loads((tmp_path / "resolution.json").read_text(), parse_constant=refused)
+    assert held["scores"]["val"]["21"]["error"] is None
+
+
+def test_a_picture_of_many_tasks():
+    score = SizeScore(0.5, 0.1, 17.0, 0.0, 10)
+    tasks = [f"task {number}" for number in range(9)]
+    train = Resolution((28, 28))
+    rows = {task: {train: score} for task in tasks}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = Axes.errorbar
+        patch.setattr(Axes, "errorbar", lambda *a, **k: seen.append(k["label"]) or own(*a, **k))
+        resolution_picture(ResolutionChoice(rows, dict.fromkeys(tasks, train), train, "best", "acc", "val"))
+    assert seen == tasks
 
 
 def test_from_python_with_loggers(tmp_path):

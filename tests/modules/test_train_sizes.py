@@ -128,8 +128,9 @@ def test_a_checkpoint_is_one_of_any_size(tmp_path):
     [
         ({"train_sizes": []}, "train_sizes is empty"),
         ({"train_sizes": [0, 16]}, "1 pixel or more"),
-        ({"train_sizes": [16, 18]}, "18 is no multiple of the patch size 4"),
+        ({"train_sizes": [16, 18]}, "cannot take images of 18×18: its patches are 4×4. Choose"),
         ({"token_budget": 0.0}, "token_budget=0.0"),
+        ({"token_budget": 1.0, "train_sizes": None}, "token_budget=1.0 is for train_sizes"),
         ({"model_args": {**SHAPE, "dynamic_img_size": False}}, "one image size at a time"),
         (
             {"model_name": "mixer_s32_224", "model_args": None, "img_size": None, "train_sizes": [192]},
