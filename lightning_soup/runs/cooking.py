@@ -11,6 +11,7 @@ from lightning_soup.recipes.interpolated import InterpolatedSoup, for_recipe, in
 from lightning_soup.recipes.recipe import with_statistics
 from lightning_soup.runs.report import Entry, SoupReport
 from lightning_soup.weights.combine import combine
+from lightning_soup.weights.positions import plan_resampling, resampled
 from lightning_soup.weights.weights_file import WeightsFile
 
 ALPHAS = tuple(InterpolatedSoup().alphas)
@@ -72,7 +73,8 @@ def measure(
     """
     single: list[Outcome | Mapping[str, Outcome]] = []
     entries: list[Entry] = []
-    pairs = list(zip(ingredients, _on_one_grid(ingredients, soups), strict=True))
+    fitting, start = _on_one_grid(ingredients, soups, init)
+    pairs = list(zip(ingredients, fitting, strict=True))
     for item, weights in progress(pairs, "testing ingredients", len(pairs)):
         outcomes = evaluator.outcomes(weights)
         single.append(outcomes)
@@ -80,8 +82,8 @@ def measure(
         digest = item.weights.digest()
         entries.append(Entry(item.name, "ingredient", outcomes, score, hparams=item.hparams, digest=digest))
     if init is not None:
-        outcomes = evaluator.outcomes(init.weights)
-        entries.append(Entry(init.name, "init", outcomes, evaluator.score(init.weights), digest=init.weights.digest()))
+        outcomes = evaluator.outcomes(start)
+        entries.append(Entry(init.name, "init", outcomes, evaluator.score(start), digest=init.weights.digest()))
     for label, soup in progress(soups.items(), "testing soups", len(soups)):
         outcomes = evaluator.outcomes(soup.weights(evaluator.slot()))
         entries.append(Entry(label, "soup", outcomes, soup.score, soup=soup, path=(saved or {}).get(label)))
@@ -89,17 +91,24 @@ def measure(
     together = {name: ensemble(outcomes[name] for outcomes in single) for name in names}
     entries.append(Entry("logit ensemble", "ensemble", together))
     if init is not None:
-        entries += progress(_curve(soups, init, evaluator), "testing the WiSE-FT curve", len(ALPHAS))
+        entries += progress(_curve(soups, init, start, evaluator), "testing the WiSE-FT curve", len(ALPHAS))
     notes = list(dict.fromkeys(note for soup in soups.values() for note in soup.notes))
     return SoupReport(title, entries, evaluator.metric, evaluator.mode, notes=notes, commands=commands)
 
 
-def _on_one_grid(ingredients: Sequence[Ingredient], soups: Mapping[str, Soup]) -> list[WeightsFile]:
-    """What is measured of each ingredient: on the grid of the soup, since the module has one image size."""
-    return next((soup.sources for soup in soups.values() if soup.resampled), [item.weights for item in ingredients])
+def _on_one_grid(
+    ingredients: Sequence[Ingredient], soups: Mapping[str, Soup], init: Ingredient | None
+) -> tuple[list[WeightsFile], WeightsFile | None]:
+    """What is measured of the ingredients and their start: on the grid of the soups, as the module has one size."""
+    found = next((soup.sources for soup in soups.values() if soup.resampled), [item.weights for item in ingredients])
+    if init is None:
+        return found, None
+    return found, resampled(init.weights, 1, plan_resampling([found[0], init.weights], [None, None]))
 
 
-def _curve(soups: Mapping[str, Soup], init: Ingredient, evaluator: ModuleEvaluator) -> Iterator[Entry]:
+def _curve(
+    soups: Mapping[str, Soup], init: Ingredient, start: WeightsFile, evaluator: ModuleEvaluator
+) -> Iterator[Entry]:
     """Points on the line from the start to the first soup that is not itself an interpolation, or to the end of one."""
     plain = [(label, soup) for label, soup in soups.items() if soup.ingredients[0] is not init]
     for label, soup in (plain or list(soups.items()))[:1]:
@@ -107,11 +116,11 @@ def _curve(soups: Mapping[str, Soup], init: Ingredient, evaluator: ModuleEvaluat
         if plain:
             sources, fine_tuned = with_statistics(sources, soup.coefficients, soup.statistics)
         else:
-            sources, (start, *rest) = sources[1:], soup.shares()
-            if start == 1.0:
+            sources, (first, *rest) = sources[1:], soup.shares()
+            if first == 1.0:
                 return  # the start itself was chosen: where the line would go is not known
-            fine_tuned = tuple(share / (1.0 - start) for share in rest)
-        sources = [init.weights, *sources]
+            fine_tuned = tuple(share / (1.0 - first) for share in rest)
+        sources = [start, *sources]
         for alpha in ALPHAS:
             mixed = interpolate(fine_tuned, alpha)
             weights = combine(sources, mixed, evaluator.slot(), accumulate=soup.accumulate)

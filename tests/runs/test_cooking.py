@@ -82,12 +82,15 @@ def test_a_report_of_interpolations_only_has_the_curve_too(kitchen):
 
 def test_ingredients_of_another_image_size_are_measured_at_that_of_the_module():
     modules = [vit(side, seed) for seed, side in enumerate((16, 24))]
-    start, *ingredients = (Ingredient(module) for module in (vit(16, 9), *modules))
+    first = vit(24, 9)
+    start, *ingredients = (Ingredient(module) for module in (first, *modules))
     evaluator = ModuleEvaluator(vit(16), Sets())
     soups = cook_all([LengthAverage()], ingredients, evaluator, start)
     report = measure(soups, ingredients, evaluator, start)
-    modules[1].model.set_input_size((16, 16))
-    for module, entry in zip(modules, report.of_kind("ingredient"), strict=True):
+    for module in (first, modules[1]):
+        module.model.set_input_size((16, 16))
+    entries = [*report.of_kind("init"), *report.of_kind("ingredient")]
+    for module, entry in zip((first, *modules), entries, strict=True):
         expected = evaluator.outcomes(module.state_dict())
         assert torch.equal(entry.outcomes["far"].logits, expected["far"].logits)
     assert len(report.of_kind("interpolation")) == len(ALPHAS)
