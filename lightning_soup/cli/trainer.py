@@ -156,6 +156,7 @@ class SoupTrainer(Trainer):
             )
         if datamodule is None:
             raise UnsupportedSetup("resolution needs a data module with validation data (--data).")
+        datamodule.trainer = self  # as in its own loops: setup may ask for it
         folder = user_path(output)
         check_writable(folder / "resolution.json")
         if ckpt is not None:

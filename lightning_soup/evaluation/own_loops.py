@@ -94,7 +94,7 @@ class OwnLoops:
         with self.apart(), torch.inference_mode():
             parts = [(_targets(batch).cpu(), self._logits(batch).float().cpu()) for batch in batches]
             if not parts:
-                raise RecipeError("a test loader gave no batches (drop_last?), so there is nothing to report.")
+                raise RecipeError("a loader gave no batches (drop_last?), so there is nothing to evaluate.")
             targets, logits = (torch.cat(column) for column in zip(*parts, strict=True))
         return Outcome(logits.clone(), targets.clone(), groups, classes)
 
@@ -187,8 +187,8 @@ class OwnLoops:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             name = type(self.module).__name__
             raise RecipeError(
-                f"{name}.predict_step must return logits [batch, classes] for a report. Change it, or go without "
-                "(--report=false)."
+                f"{name}.predict_step must return logits [batch, classes], got {type(logits).__name__}. Change it; a "
+                "soup can go without its report (--report=false)."
             )
         return logits
 
@@ -276,7 +276,7 @@ def quiet() -> Iterator[None]:
 def _targets(batch: Any) -> Tensor:
     if not isinstance(batch, (list, tuple)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
         raise RecipeError(
-            f"a report needs batches (inputs, targets), got {type(batch).__name__}. "
-            "Change the test loader, or go without (--report=false)."
+            f"expected batches (inputs, targets) of tensors, got {type(batch).__name__}. Change the loader; a soup can "
+            "go without its report (--report=false)."
         )
     return batch[1]

@@ -147,10 +147,9 @@ class ResolutionSearch:
         train = self._train(next(iter(tasks.values())), model)
         candidates = self._candidates(model, train)
         factor = self._factor(model) if self.bounds else None
-        channels = next(iter(tasks.values())).channels
         for candidate in candidates:
             if candidate.size is not None:
-                rehearse(module, candidate.size, channels)
+                _rehearse(module, next(iter(tasks.values())), candidate.size, device, precision)
         judged = f"{precision.precision} {dict(module.hparams)}"
         marks = {task: xxh3_128_hexdigest(f"{judged} {images.digest}".encode()) for task, images in tasks.items()}
         kept = Table(table, open_checkpoint(module).digest(), self.split, self.metric, factor, marks)
@@ -217,7 +216,7 @@ class ResolutionSearch:
         else:
             groups = images.within(*candidate.bounds, self._factor(vision_model(module)))
             for size in groups:
-                rehearse(module, size, images.channels)
+                _rehearse(module, images, size, device, precision)
         clock, outcomes, tokens = Clock(), [], 0
         for size, batches in groups.items():
             with at_size(module, size) as model, clock.on(*{module, model}):
@@ -258,6 +257,13 @@ def _placed(module: LightningModule, trainer: Trainer | None) -> tuple[Lightning
         return module, module.device, Precision()
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     return precision.convert_module(module.to(device)), device, precision
+
+
+def _rehearse(
+    module: LightningModule, images: SizedImages, size: tuple[int, int], device: torch.device, precision: Precision
+) -> None:
+    loops, target = OwnLoops(module, images.datamodule, device, precision), torch.zeros(1, dtype=torch.long)
+    rehearse(module, size, images.channels, lambda image: loops.outcome([(image, target)]))
 
 
 def _is_pair(value: object) -> bool:

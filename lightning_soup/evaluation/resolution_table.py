@@ -172,7 +172,7 @@ class Table:
                 held = json.loads(self.path.read_text(encoding="utf-8"))
                 same = held["weights"] == self.digest
                 self.rows = {key: asdict(SizeScore(**row)) for key, row in held["rows"].items()} if same else {}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UnsupportedSetup(
                     f"{self.path} is not the table of a search ({error}). Give another file, or remove it."
                 ) from error

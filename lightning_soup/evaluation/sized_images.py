@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -239,6 +240,8 @@ def images_of(data: HeldOut, split: Literal["val", "test"], cache_bytes: int = 1
 def _loaded(data: LightningDataModule | DataLoader, split: str, cache_bytes: int) -> dict[str, SizedImages]:
     if not isinstance(data, LightningDataModule):
         return {split: LoadedImages(data, None, cache_bytes)}
+    if not is_overridden(f"{split}_dataloader", data):
+        return {}
     data.prepare_data()
     data.setup("validate" if split == "val" else "test")
     loaders = listed(data.val_dataloader() if split == "val" else data.test_dataloader())

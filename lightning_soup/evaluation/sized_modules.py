@@ -1,7 +1,7 @@
 """Letting a module take images of another size for a while."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,8 +81,16 @@ def _now(inputs: tuple[Any, ...]) -> float:
     return time.perf_counter()
 
 
-def rehearse(module: LightningModule, size: tuple[int, int], channels: int) -> None:
+def rehearse(
+    module: LightningModule, size: tuple[int, int], channels: int, judge: Callable[[torch.Tensor], Any] | None = None
+) -> None:
     """See that a module takes images of a size, by one black image.
+
+    Args:
+        module: The module.
+        size: Height and width.
+        channels: Of the images.
+        judge: What is done with the image; by default it is given to the module.
 
     Raises:
         UnsupportedSetup: It does not.
@@ -94,14 +102,16 @@ def rehearse(module: LightningModule, size: tuple[int, int], channels: int) -> N
     try:
         with at_size(module, size), torch.no_grad():
             module.eval()
-            module(image)
+            (judge or module)(image)
     except LightningSoupError:
         raise
     except Exception as error:  # whatever a network makes of a size that it cannot have
+        network = vision_model(module)
+        unseen = ", or name its network 'model', of which a copy is brought to each size" if network is module else ""
         raise UnsupportedSetup(
-            f"{type(vision_model(module)).__name__} cannot take images of {size[0]}×{size[1]} with {channels} "
+            f"{type(network).__name__} cannot take images of {size[0]}×{size[1]} with {channels} "
             f"channels: {str(error).rstrip('.')}. Choose sizes that its patches and windows divide, or build it with "
-            "dynamic_img_size=True."
+            f"dynamic_img_size=True{unseen}."
         ) from error
     finally:
         for part, training in modes:

@@ -93,6 +93,16 @@ def test_the_files_are_json_that_all_readers_know(tmp_path):
     assert held["scores"]["val"]["21"]["error"] is None
 
 
+def test_data_may_ask_for_the_trainer(tmp_path):
+    class Asking(HandwritingDataModule):
+        def setup(self, stage):
+            assert self.trainer.world_size == 1
+            super().setup(stage)
+
+    found = quiet().resolution(classifier(), Asking(**DATA), search=ResolutionSearch(sizes=[21]), output=str(tmp_path))
+    assert found.scores["val"]
+
+
 def test_a_picture_of_many_tasks():
     score = SizeScore(0.5, 0.1, 17.0, 0.0, 10)
     tasks = [f"task {number}" for number in range(9)]

@@ -19,7 +19,7 @@ from lightning_soup import (
     ResolutionSearch,
     smart_resize,
 )
-from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation.image_sizes import resized
 from lightning_soup.evaluation.resolution_table import SizeScore, choose
 from tests.evaluation.test_image_sizes import CLIP
@@ -196,8 +196,9 @@ def test_the_table_is_gone_on_with(tmp_path):
     assert third.scores["val"].keys() == first.scores["val"].keys()
     assert len(json.loads(table.read_text())["rows"]) == 2
     table.write_text("[]")
-    with pytest.raises(UnsupportedSetup, match="not the table of a search"):
-        ResolutionSearch(sizes=[12]).run(module, data, table)
+    for path in (table, tmp_path):
+        with pytest.raises(UnsupportedSetup, match="not the table of a search"):
+            ResolutionSearch(sizes=[12]).run(module, data, path)
 
 
 def test_rows_of_other_data_and_other_options_are_not_gone_on_with(tmp_path):
@@ -366,6 +367,28 @@ def test_a_model_of_one_size_is_refused_before_anything_is_evaluated():
     assert module.training
 
 
+class Judge(LightningModule):
+    """Has no forward, and what its predict_step gives is for the test to say."""
+
+    def __init__(self, name, answer=lambda logits: logits):
+        super().__init__()
+        setattr(self, name, classifier().model)
+        self.name, self.answer = name, answer
+
+    def predict_step(self, batch):
+        return self.answer(getattr(self, self.name)(batch[0]))
+
+
+def test_a_module_that_only_predicts():
+    found = ResolutionSearch(sizes=[12]).run(Judge("model"), loader())
+    expected = ResolutionSearch(sizes=[12]).run(classifier(), loader())
+    assert found.scores["val"][square(12)].metric == expected.scores["val"][square(12)].metric
+    with pytest.raises(UnsupportedSetup, match=r"Judge cannot take images of 12×12 .* or name its network 'model'"):
+        ResolutionSearch(sizes=[12]).run(Judge("net"), loader())
+    with pytest.raises(RecipeError, match=r"predict_step must return logits \[batch, classes\], got dict\. Change it"):
+        ResolutionSearch(sizes=[12]).run(Judge("model", lambda logits: {"logits": logits}), loader())
+
+
 def test_a_compiled_module():
     module = classifier()
     compiled = torch.compile(module, backend="eager")
@@ -441,6 +464,8 @@ def test_data_that_cannot_be():
 
     with pytest.raises(UnsupportedSetup, match="no val data"):
         ResolutionSearch().run(classifier(), Nothing())
+    with pytest.raises(UnsupportedSetup, match="no val data"):
+        ResolutionSearch().run(classifier(), LightningDataModule())
     with pytest.raises(UnsupportedSetup, match="images \\[B, C, H, W\\]"):
         ResolutionSearch().run(classifier(), DataLoader(TensorDataset(torch.rand(4, 3), torch.arange(4)), 2))
 
