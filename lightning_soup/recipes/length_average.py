@@ -78,9 +78,7 @@ class LengthAverage(Recipe):
             )
         coefficients = self._coefficients(found)
         target = None if self.target_size is None else _pair(self.target_size)
-        sizes: list[Grid | None] = [None] * len(found)
-        if self.lengths is not None:
-            sizes = [size if isinstance(size, tuple) else None for size in map(_as_tuple, self.lengths)]
+        sizes = [None] * len(found) if self.lengths is None else [_as_tuple(size) for size in self.lengths]
         plans = plan_resampling([item.weights for item in found], sizes, target) if found else {}
         alike = [_replaced(item, resampled(item.weights, i, plans)) for i, item in enumerate(found)]
         _, notes = check_ingredients(alike, self.common_start, None, not self._masks_known)

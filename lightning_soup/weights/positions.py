@@ -95,14 +95,14 @@ def _is_grid(value: Any) -> bool:
 
 
 def plan_resampling(
-    files: Sequence[WeightsFile], sizes: Sequence[Grid | None], target: Grid | None = None
+    files: Sequence[WeightsFile], sizes: Sequence[Grid | int | None], target: Grid | None = None
 ) -> dict[str, Resampling]:
     """Find the position embeddings that lie on different grids, or not on that of the target.
 
     Args:
         files: The checkpoints.
-        sizes: Height and width in pixels of the images of each, where known: needed where they are not square, and the
-            file's hyperparameters do not say it.
+        sizes: Height and width in pixels of the images of each, or the side of squares, where known: needed where they
+            are not square, and the file's hyperparameters do not say it.
         target: Height and width in pixels that the result is for; by default the grid of the first file.
 
     Returns:
@@ -121,16 +121,13 @@ def plan_resampling(
         stem = name.removesuffix(kind)
         projection = files[0].specs.get(stem + _KINDS[kind])
         patch = projection.shape[2:] if projection is not None and len(projection.shape) == 4 else None
-        told = [_told_grid(file, patch) for file in files]
-        alike = len({shape[-2] for shape in found}) == 1 and len({grid for grid in told if grid}) < 2
-        if target is None and alike and not any(sizes):
+        counts = [shape[-2] for shape in found]
+        alike = len(set(counts)) == 1 and len({_told(file, None, patch) for file in files} - {()}) < 2
+        if target is None and alike and not any(isinstance(size, tuple) for size in sizes):
             continue
         special = _special(files[0], stem + kind.rpartition("pos")[0])
-        places = [
-            _place(file, shape[-2], size, patch) or own
-            for file, shape, size, own in zip(files, found, sizes, told, strict=True)
-        ]
-        prefix, grids = _grids(files, name, [shape[-2] for shape in found], places, special)
+        told = [_told(file, size, patch) for file, size in zip(files, sizes, strict=True)]
+        prefix, grids = _grids(files, name, counts, told, special)
         if target is not None and patch is None:
             raise RecipeError(f"target_size={target}: the patch of {name!r} is not known; leave target_size out.")
         new = grids[0] if target is None else _patches(target, patch, "target_size")
@@ -154,18 +151,14 @@ def _special(file: WeightsFile, stem: str) -> int:
     return sum(spec.shape[-2] if len(spec.shape) > 1 else 1 for spec in specs)
 
 
-def _told_grid(file: WeightsFile, patch: Any) -> Grid | None:
-    """The grid of the image size that the file's hyperparameters hold: patches that do not fit into it are left out."""
-    size = _told_size(file.mapping_beside("hyper_parameters"))
-    return None if size is None or patch is None else (size[0] // patch[0], size[1] // patch[1])
-
-
-def _place(file: WeightsFile, tokens: int, size: Grid | None, patch: Any) -> Grid | None:
-    """The grid that a known size gives, if the file was trained on it: a size of one dimension is no help."""
-    if size is None or patch is None:
-        return None
-    grid = _patches(size, patch, f"the size of {file.label}")
-    return grid if tokens >= math.prod(grid) else None
+def _told(file: WeightsFile, size: Grid | int | None, patch: Any) -> tuple[Grid, ...]:
+    """The grids that the size given and that of the file's hyperparameters make; a model of many sizes has another."""
+    if patch is None:
+        return ()
+    if isinstance(size, tuple):
+        _patches(size, patch, f"the size of {file.label}")
+    pairs = [(size, size) if isinstance(size, int) else size, _told_size(file.mapping_beside("hyper_parameters"))]
+    return tuple((pair[0] // patch[0], pair[1] // patch[1]) for pair in pairs if pair is not None)
 
 
 def _patches(size: Grid, patch: Sequence[int], what: str) -> Grid:
@@ -178,28 +171,34 @@ def _patches(size: Grid, patch: Sequence[int], what: str) -> Grid:
 
 
 def _grids(
-    files: Sequence[WeightsFile], name: str, tokens: Sequence[int], known: Sequence[Grid | None], special: int
+    files: Sequence[WeightsFile], name: str, counts: Sequence[int], told: Sequence[tuple[Grid, ...]], special: int
 ) -> tuple[int, tuple[Grid, ...]]:
     """The prefix and the grids: all special tokens have a position, or none has.
 
-    Grids that are known decide first: 9 positions may be 3×3, or 2×2 after 5 special tokens.
+    Grids that are told decide first: 9 positions may be 3×3, or 2×2 after 5 special tokens. A file that tells none has
+    that of another one with as many positions, or a square.
     """
+    others = {count: grids for count, grids in zip(counts, told, strict=True) if grids}
     for exact in (True, False):
         for prefix in dict.fromkeys((special, 0)):
-            found = [_fit(count - prefix, grid, exact) for count, grid in zip(tokens, known, strict=True)]
+            found = [
+                _fit(count - prefix, own or others.get(count, ()), exact)
+                for count, own in zip(counts, told, strict=True)
+            ]
             if all(found):
                 return prefix, tuple(found)
-    told = ", ".join(f"{file.label}: {count}" for file, count in zip(files, tokens, strict=True))
+    held = ", ".join(f"{file.label}: {count}" for file, count in zip(files, counts, strict=True))
     raise IncompatibleIngredients(
-        f"{name!r}: the grid cannot be told from the number of its positions ({told}; {special} tokens are no "
+        f"{name!r}: the grid cannot be told from the number of its positions ({held}; {special} tokens are no "
         "patches). Give the image size of each ingredient as [height, width] in lengths."
     )
 
 
-def _fit(cells: int, known: Grid | None, exact: bool) -> Grid | None:
-    if known is not None and (exact or math.prod(known) == cells):
-        return known if math.prod(known) == cells else None
-    side = math.isqrt(max(cells, 0))
+def _fit(cells: int, told: Sequence[Grid], exact: bool) -> Grid | None:
+    for grid in told:
+        if math.prod(grid) == cells:
+            return grid
+    side = 0 if told and exact else math.isqrt(max(cells, 0))
     return (side, side) if side and side * side == cells else None
 
 

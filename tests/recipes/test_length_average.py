@@ -171,6 +171,21 @@ def test_files_say_the_size_of_rectangles(tmp_path):
         torch.testing.assert_close(found, expected / 2)
 
 
+def test_a_file_that_says_no_size_has_the_grid_of_another_one(tmp_path):
+    told, untold = saved(vit((8, 32), 1), tmp_path / "told.ckpt"), vit((8, 32), 2)
+    for files in ([told, untold], [untold, told]):
+        (plan,) = LengthAverage(target_size=16).cook(files).resampled.values()
+        assert plan.old == ((2, 8), (2, 8))
+    (plan,) = LengthAverage(lengths=[(8, 32), 16]).cook([told, vit(16, 3)]).resampled.values()
+    assert plan.old == ((2, 8), (4, 4))
+    assert not LengthAverage(lengths=[2048, 4096]).cook([untold, vit((8, 32), 3)]).resampled
+
+
+def test_models_of_many_sizes_keep_the_grid_that_they_were_built_with(tmp_path):
+    files = [saved(vit((16, 32), n, dynamic_img_size=True), tmp_path / f"{n}.ckpt") for n in (1, 2)]
+    assert not LengthAverage(lengths=[(16, 24), (16, 32)]).cook(files).resampled
+
+
 def test_a_small_grid_is_not_taken_for_register_tokens(tmp_path):
     shape = {**SHAPE, "reg_tokens": 4, "no_embed_class": True}
     modules = [ImageClassifier("vit_tiny_patch16_224", 3, img_size=12, model_args=shape) for _ in range(2)]
