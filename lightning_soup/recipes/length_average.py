@@ -34,7 +34,8 @@ class LengthAverage(Recipe):
         group: ``flat``: every checkpoint counts the same. ``by_length``: the mean of each length first, then over the
             lengths, so that a length with more checkpoints does not count more.
         lengths: Of each ingredient: a sequence length, or an image size in pixels, a number or [height, width]. By
-            default what its hyperparameters say (train_sizes, max_length, img_size and the like).
+            default what its hyperparameters say (train_sizes, max_length, img_size and the like). Grids that are not
+            square are known from img_size in the file, or need [height, width] here.
         length_key: The name of the hyperparameter that holds it, where it has another name.
         target_size: Image size in pixels that the average is for: a number or [height, width]. By default that of the
             first ingredient.
