@@ -101,7 +101,7 @@ def test_data_that_cannot_be_evaluated_on():
     module = AwareNet([nn.Linear(8, 2)])
     with pytest.raises(UnsupportedSetup, match="data module of B has no test data"):
         cross_evaluate({"A": module}, {"B": LightningDataModule()})
-    with pytest.raises(RecipeError, match=r"batches \(inputs, targets\), got dict"):
+    with pytest.raises(RecipeError, match=r"batches \(inputs, targets\) of tensors, got dict"):
         cross_evaluate({"A": module}, {"B": DataLoader([{"x": torch.zeros(8)}])})
 
 

@@ -122,27 +122,28 @@ class Counted:
     def __init__(self, *tasks):
         self.tasks, self.asked = tasks, []
 
-    def evaluate(self, module, data, candidate):
+    def evaluate(self, module, data, candidate, trainer):
+        assert trainer == "the trainer"  # whose precision counts
         self.asked.append(candidate)
         return {task: score(SIZES.index(candidate) / 10, 1) for task in self.tasks}
 
 
 def test_the_test_sets_meet_the_chosen_size_and_that_of_training_only():
     search = Counted("test", "shifted")
-    tested = test_scores(search, choice(), None, None)
+    tested = test_scores(search, choice(), None, None, "the trainer")
     assert search.asked == [TRAIN, LARGE]
     assert {task: list(row) for task, row in tested.items()} == {"test": [TRAIN, LARGE], "shifted": [TRAIN, LARGE]}
 
 
 def test_training_size_that_is_chosen_is_measured_once():
     search = Counted("test")
-    test_scores(search, choice(chosen={"digits": TRAIN}), None, None)
+    test_scores(search, choice(chosen={"digits": TRAIN}), None, None, "the trainer")
     assert search.asked == [TRAIN]
 
 
 def test_each_task_has_its_own_choice():
     search = Counted("a", "b", "other")
-    tested = test_scores(search, choice(("a", "b"), {"a": SMALL, "b": LARGE}), None, None)
+    tested = test_scores(search, choice(("a", "b"), {"a": SMALL, "b": LARGE}), None, None, "the trainer")
     assert sorted(map(str, search.asked)) == sorted(map(str, SIZES))
     assert list(tested["a"]) == [TRAIN, SMALL]
     assert list(tested["b"]) == [TRAIN, LARGE]
