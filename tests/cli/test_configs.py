@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_soup.cli.main import main
+from lightning_soup.data import HandwritingDataModule
 from lightning_soup.runs.sweep_file import read_sweep_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,3 +56,10 @@ def test_sweep_file_is_taken():
 def test_none_is_left_out():
     sweeps = {"model_soups_sweep.yaml", "model_soup_clip_sweep.yaml"}
     assert {path.name for path in CONFIGS.glob("*.yaml")} == {*COMMANDS, *sweeps}
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "HandwritingDataModule" in (CONFIGS / name).read_text()])
+def test_there_are_as_many_digits_as_a_config_asks_for(name):
+    data = HandwritingDataModule(**yaml.safe_load((CONFIGS / name).read_text())["data"].get("init_args", {}))
+    data.setup("fit")
+    assert len(data.train_dataloader().dataset) == data.train_size
