@@ -27,6 +27,7 @@ from tests.callbacks.test_sparsity_mask import Watch, zeros
 from tests.helpers.averages import TwoOptimizers, loaders
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.cli import through_yaml
+from tests.helpers.ids import without_addresses
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -541,7 +542,7 @@ class TestBadInput:
             ({"vary": {"dropout": [0.1, 0.2]}}, "no hyperparameter 'dropout', and SGD no such option"),
             ({"exclude": ["net.*"]}, "nothing in Cosine can be pruned"),
         ],
-        ids=str,
+        ids=without_addresses,
     )
     def test_before_training(self, given, message, tmp_path):
         given = dict(given)

@@ -31,6 +31,7 @@ from tests.callbacks.test_live_average_contract import CutAt, OverflowAt
 from tests.helpers.averages import TwoOptimizers, loaders
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.cli import through_yaml
+from tests.helpers.ids import without_addresses
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -586,7 +587,7 @@ class TestBadInput:
             ({}, [ExpertsWeightAveraging], "Train with experts first"),
             ({}, [lambda: SparsityMaskOfAnotherKind(0.5)], "both prune. Keep one of them"),
         ],
-        ids=str,
+        ids=without_addresses,
     )
     def test_before_training(self, options, callbacks, message):
         with pytest.raises(UnsupportedSetup, match=message):

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_soup.data.reference import FolderImages, Reference, ReferenceFiles, read_texts
 from lightning_soup.errors import UnsupportedSetup
+from tests.helpers.ids import without_addresses
 
 TEXTS = ["a cat", "a dog"]
 
@@ -126,7 +127,9 @@ def test_what_can_be_gone_through_once_is_refused():
         Reference(iter(list(numbered(5))), TEXTS)
 
 
-@pytest.mark.parametrize("images", [[], torch.zeros(0, 3, 2, 2), TensorDataset(torch.zeros(0, 3, 2, 2))], ids=repr)
+@pytest.mark.parametrize(
+    "images", [[], torch.zeros(0, 3, 2, 2), TensorDataset(torch.zeros(0, 3, 2, 2))], ids=without_addresses
+)
 def test_no_images_are_refused_at_once(images):
     with pytest.raises(UnsupportedSetup, match=f"no images: {type(images).__name__} is empty"):
         Reference(images, TEXTS)
