@@ -43,13 +43,22 @@ def inner_products(checkpoints: Sequence[Source | WeightsFile], direction: Mappi
         for name, tensor in direction.items():
             flat = tensor.detach().reshape(-1).cpu()
             flat = flat if flat.dtype == torch.float64 else flat.float()
-            total = torch.zeros(len(opened), dtype=torch.float64, device="cpu")
-            for i, file in enumerate(opened):
-                for start, chunk in chunks_of(file.tensors[name]):
-                    part = flat[start : start + len(chunk)]
-                    total[i] += torch.dot(chunk.to(part.dtype), part).double()
-            found[name] = total
+            totals = _dots([file.tensors[name] for file in opened], flat)
+            found[name] = torch.tensor(totals, dtype=torch.float64, device="cpu")
     return found
+
+
+def _dots(rows: Sequence[StoredTensor], flat: Tensor) -> list[float]:
+    """Each row's inner product with one tensor, a chunk of which stays in the cache while all rows are read."""
+    totals, scratch = [0.0] * len(rows), Scratch(CHUNK_BYTES)
+    step = CHUNK_BYTES // max(row.spec.dtype.itemsize for row in rows)
+    with hold(file for row in rows for file in row.files):
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step]
+            for i, row in enumerate(rows):
+                chunk, _ = row.read(start, start + len(part), scratch)
+                totals[i] += float(torch.dot(chunk.to(part.dtype), part))
+    return totals
 
 
 def differing(checkpoints: Sequence[Source | WeightsFile]) -> tuple[str, ...]:
