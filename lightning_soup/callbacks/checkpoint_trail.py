@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_soup.callbacks.model_soup_checks import check_writable_on_rank_zero
-from lightning_soup.callbacks.rank_zero_files import folder_of_fit, on_rank_zero, weights_of_fit
+from lightning_soup.callbacks.rank_zero_files import folder_of_fit, on_rank_zero, refuse_nan, weights_of_fit
 from lightning_soup.callbacks.schedule import Schedule, When, planned_time
 from lightning_soup.callbacks.selected_tensors import trainable
 from lightning_soup.callbacks.steps import OptimizerSteps
@@ -54,6 +54,7 @@ class CheckpointTrail(Callback):
         UnsupportedSetup: Before training: an option out of range, nothing to train, a strategy that shards, or a trail
             that would have fewer than two files.
         UnwritableOutput: Before training: the folder cannot be written. In training: the disk is full.
+        NonFiniteWeights: In training: the weights became NaN. The files before that are kept.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class CheckpointTrail(Callback):
         path = self._folder / _name(self._steps)
 
         def work() -> str:
+            refuse_nan(trainer.lightning_module, path)
             content["state_dict"] = self._wide(trainer.lightning_module, content["state_dict"])
             with atomic_path(path) as temporary:
                 torch.save(content, temporary)

@@ -320,6 +320,6 @@ class ModelSoup(Callback):
         log_soup(trainer.loggers, soup, self.soup_path)
         used = f"{int(values['soup_ingredients'])} of {len(soup.ingredients)} checkpoints"
         told = "" if soup.score is None else f", {soup.metric} {soup.natural_score:.4f}"
-        if soup.statistics:
+        if self.recalibrate and soup.statistics:
             told += f" ({soup.history[-1].label}: {soup.history[-1].reason})"
         rank_zero_info(f"{soup.recipe}: {used}{told}, in {self.soup_path}")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_soup.errors import LightningSoupError
+from lightning_soup.errors import LightningSoupError, NonFiniteWeights
 from lightning_soup.runs.tracking import folder_of_run
 from lightning_soup.weights.atomic import user_path
 
@@ -50,6 +50,20 @@ def weights_of_fit(trainer: Trainer) -> dict[str, Any]:
     content = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
     content["state_dict"] = trainer.strategy.lightning_module_state_dict()
     return content
+
+
+def refuse_nan(module: LightningModule, path: Path) -> None:
+    """Stop before checkpoints that are of use are dropped for such that are of none.
+
+    Raises:
+        NonFiniteWeights: A parameter holds NaN.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.isnan().any():
+            raise NonFiniteWeights(
+                f"{path}: was not written, as the parameter {name!r} holds NaN by now. Train with a smaller lr or with "
+                "clipped gradients; the checkpoints before this one are kept."
+            )
 
 
 def folder_of_fit(

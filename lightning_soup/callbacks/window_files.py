@@ -10,8 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_soup.callbacks.rank_zero_files import on_rank_zero, weights_of_fit
-from lightning_soup.errors import NonFiniteWeights
+from lightning_soup.callbacks.rank_zero_files import on_rank_zero, refuse_nan, weights_of_fit
 from lightning_soup.modules.lora import config_in
 from lightning_soup.recipes import Ingredient
 from lightning_soup.recipes.training_record import STEP
@@ -67,7 +66,7 @@ class WindowFiles:
                 mark = {} if self.run is None else {RUN_ENTRY: self.run}
                 save_adapter([adapter_in(weights, config)], (1.0,), path, metadata=mark, metrics=metrics)
                 return str(path.absolute())
-            _refuse_nan(module, path)
+            refuse_nan(module, path)
             with atomic_folder(path, files=(_WEIGHTS, METRICS_NAME)) as temporary:
                 torch.save(content, temporary / _WEIGHTS)
                 (temporary / METRICS_NAME).write_text(json.dumps(dict(metrics), indent=2) + "\n")
@@ -91,16 +90,6 @@ class WindowFiles:
             else:
                 gone.append(path)
         return found, gone
-
-
-def _refuse_nan(module: LightningModule, path: Path) -> None:
-    """Stop before checkpoints that are of use are dropped for such that are of none."""
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.isnan().any():
-            raise NonFiniteWeights(
-                f"{path}: was not written, as the parameter {name!r} holds NaN by now. Train with a smaller lr or with "
-                "clipped gradients; the checkpoints before this one are kept."
-            )
 
 
 def record_adapter(module: LightningModule, checkpoint: dict[str, Any]) -> None:

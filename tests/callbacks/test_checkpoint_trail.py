@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_soup.callbacks import CheckpointTrail, ExponentialAverage, ModelSoup
 from lightning_soup.cli.main import main
-from lightning_soup.errors import LightningSoupError, UnsupportedSetup, UnwritableOutput
+from lightning_soup.errors import LightningSoupError, NonFiniteWeights, UnsupportedSetup, UnwritableOutput
 from lightning_soup.recipes import EvolutionarySoup, UniformSoup, gather_ingredients
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_live_average_contract import CutAt, OverflowAt
@@ -152,6 +152,19 @@ def test_a_second_fit_gets_files_of_its_own(tmp_path):
         assert_are(trail, weights, [6, 12, 18])
     with pytest.warns(UserWarning, match="has files of another fit"):
         fit(tmp_path, CheckpointTrail(every=6, keep=3, dirpath=str(tmp_path / "trail")))
+
+
+def test_weights_that_became_nan_push_no_good_ones_out(tmp_path):
+    class Diverging(TinyClassifier):
+        def on_before_zero_grad(self, optimizer):
+            if self.global_step == 10:
+                with torch.no_grad():
+                    self.net[3].bias.fill_(float("nan"))
+
+    trail = CheckpointTrail(every=4, keep=3)
+    with pytest.raises(NonFiniteWeights, match=r"step=12.ckpt: was not written, .* holds NaN"):
+        fit(tmp_path, trail, Diverging())
+    assert kept(trail) == [4, 8]
 
 
 def test_a_fast_run_writes_nothing(tmp_path):
