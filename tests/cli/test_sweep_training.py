@@ -137,6 +137,7 @@ def test_each_run_has_a_wandb_run_of_its_own(train, tmp_path, monkeypatch):
 
     import wandb
 
+    wandb.teardown()  # what an earlier test has read of the environment is kept until then
     original = wandb.finish
     monkeypatch.setattr(wandb, "finish", finish)
     train({"model.lr": 0.5}, "first", seed=8, logger=WANDB, log_every_n_steps=1)
