@@ -9,16 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_soup.callbacks import sparse_soup_checks as checks
-from lightning_soup.callbacks.fresh_optimizers import (
-    first_rates,
-    make_optimizers_anew,
-    options_of,
-    seed_epoch,
-    set_rate,
-)
+from lightning_soup.callbacks.fresh_optimizers import make_optimizers_anew, options_of, seed_epoch
 from lightning_soup.callbacks.model_soup_checks import WatchedMetric, check_loss, check_writable_on_rank_zero
 from lightning_soup.callbacks.pruning_callback import PruningCallback
-from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule, adaptive_rate, retraining_rate
+from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule
+from lightning_soup.callbacks.retraining_rates import RATES_STATE, RetrainingRates
 from lightning_soup.callbacks.sparse_soup_cooking import Cooking
 from lightning_soup.callbacks.sparse_soup_files import CycleFiles, copy_of, folder_of, soup_of, start_of
 from lightning_soup.errors import UnsupportedSetup
@@ -145,11 +140,8 @@ class SparseModelSoup(PruningCallback):
     def _forget(self) -> None:
         self.records: list[dict[str, Any]] = []
         self._phase = -1  # the index in the plan of what the module is; its length when all is done
-        self._step = 0  # in this phase
-        self._highest = 0.0
-        self._drop, self._share = 0.0, 0.0  # of the norm, and of the survivors, by the pruning of this cycle
-        self._ratios: list[float] = []
-        self._history: list[float] = []
+        trained, varied = self.dense_epochs or self.pretraining_epochs, self.vary.get("lr_max")
+        self._rates = RetrainingRates(self.schedule, self.lr_max, self.lr_min, trained, varied)
         self._entered: int | None = None
         self._watched = WatchedMetric("SparseModelSoup")
         self.soup: Soup | None = None
@@ -252,7 +244,7 @@ class SparseModelSoup(PruningCallback):
     @contextmanager
     def _whole(self, module: LightningModule) -> Iterator[None]:
         """Undo a change of phases that is interrupted, so that what is saved then (on_exception) can be resumed."""
-        kept = {name: deepcopy(getattr(self, name)) for name in _STATE.values()}
+        kept = {name: deepcopy(getattr(self, name)) for name in (*_STATE.values(), "_rates")}
         try:
             with self._pruned.whole(module):
                 yield
@@ -262,7 +254,7 @@ class SparseModelSoup(PruningCallback):
 
     def _begin(self, trainer: Trainer, module: LightningModule, index: int) -> None:
         phase = self.plan[index]
-        self._phase, self._step = index, 0
+        self._phase, self._rates.step = index, 0
         if not phase.cycle:
             return
         if phase.copy == 0:
@@ -271,9 +263,7 @@ class SparseModelSoup(PruningCallback):
             self._files.load(start_of(phase.cycle), module)
         own = {name: values[phase.copy] for name, values in self.vary.items() if name not in checks.OUR_OWN}
         make_optimizers_anew(trainer, phase.epochs, schedules=False, settings=own, first=self._first_options)
-        rates = first_rates(trainer.optimizers[0])
-        self._ratios = [rate / max(rates) for rate in rates]
-        set_rate(trainer.optimizers[0], self._rate(trainer), self._ratios)
+        self._rates.begin(trainer.optimizers[0], phase, checks.steps_per_epoch(trainer))
         self._pruned.mask_weights()
         rank_zero_info(f"SparseModelSoup: {phase}, {self.sparsity_reached:.2%} pruned, {phase.epochs} epochs.")
 
@@ -281,31 +271,16 @@ class SparseModelSoup(PruningCallback):
         pruned, (amount, of) = self._pruned, self._amounts[cycle - 1]
         before, norm = pruned.masks, pruned.norm()
         pruned.prune(trainer, amount, self.selection, of, self.seed)
-        self._drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
-        self._share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
-        rates = self._history or first_rates(trainer.optimizers[0])
-        self._highest = self.lr_max or max(rates)
+        drop = max(1 - (pruned.norm() / norm) ** 2, 0.0) ** 0.5 if norm else 0.0
+        share = (pruned.masks.pruned - before.pruned) / max(before.size - before.pruned, 1)
+        self._rates.pruned(trainer.optimizers[0], drop, share)
         self._files.write(trainer, start_of(cycle))
-
-    def _rate(self, trainer: Trainer) -> float:
-        phase = self.plan[self._phase]
-        highest = self.vary["lr_max"][phase.copy] if "lr_max" in self.vary else self._highest
-        steps = phase.epochs * checks.steps_per_epoch(trainer)
-        if self.schedule == "allr" and self._share:
-            trained = self.dense_epochs or self.pretraining_epochs
-            highest = adaptive_rate(highest, phase.epochs, trained, self._drop, self._share)
-        return retraining_rate(self.schedule, self._step, steps, highest, self.lr_min, self._history)
 
     def _after_step(self, trainer: Trainer, optimizer: int) -> None:
         super()._after_step(trainer, optimizer)
-        if trainer.fast_dev_run:
-            return
-        own = trainer.optimizers[optimizer]
-        if self.plan[self._phase].cycle:
-            self._step += 1
-            set_rate(own, self._rate(trainer), self._ratios)
-        else:
-            self._history.append(max(float(group["lr"]) for group in own.param_groups))
+        if not trainer.fast_dev_run:
+            phase = self.plan[self._phase]
+            self._rates.stepped(trainer.optimizers[optimizer], phase, checks.steps_per_epoch(trainer))
 
     # --------------------------------------------------------------------------------------------------- copies, soups
 
@@ -319,17 +294,8 @@ class SparseModelSoup(PruningCallback):
                 f"{self.total_epochs}. The module holds what it was then; resume from a checkpoint to go on."
             )
             return
-        if self._phase < 0 and trainer.ckpt_path is None:
-            raise UnsupportedSetup(
-                f"SparseModelSoup: this Trainer has trained for all {self.total_epochs} epochs before, so nothing was "
-                "pruned now. Begin with a new Trainer."
-            )
         if self._phase < 0:
-            raise UnsupportedSetup(
-                f"SparseModelSoup: with the checkpoint all {self.total_epochs} epochs are over, and it holds no state "
-                "of this callback, so nothing was pruned. Load its weights into the module, and begin a fit without "
-                "ckpt_path."
-            )
+            checks.refuse_ended(trainer, self.total_epochs)
         with self._whole(pl_module):
             self._finish(trainer, pl_module)
         self._phase = len(self.plan)
@@ -375,14 +341,15 @@ class SparseModelSoup(PruningCallback):
         """The masks, what the module is, and where the files are."""
         found = {key: getattr(self, name) for key, name in _STATE.items()}
         files = self._files.state() if hasattr(self, "_files") else self._known_files
-        return {**super().state_dict(), **found, "files": files}
+        return {**super().state_dict(), **found, **self._rates.state(), "files": files}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._check_state(state_dict, (*_STATE, "files"))
+        self._check_state(state_dict, (*_STATE, *RATES_STATE, "files"))
         super().load_state_dict(dict(state_dict))
         for key, name in _STATE.items():
             setattr(self, name, state_dict[key])
+        self._rates.restore(state_dict)
         self._known_files = dict(state_dict["files"])
 
 
@@ -398,13 +365,4 @@ _FIXED = (
     "lr_min",
     "rounding",
 )
-_STATE = {  # what a checkpoint calls it, and the attribute
-    "records": "records",
-    "phase": "_phase",
-    "step": "_step",
-    "highest_rate": "_highest",
-    "norm_drop": "_drop",
-    "pruned_share": "_share",
-    "group_ratios": "_ratios",
-    "dense_rates": "_history",
-}
+_STATE = {"records": "records", "phase": "_phase"}  # what a checkpoint calls it, and the attribute

@@ -235,3 +235,20 @@ def warn_of_short_epoch(trainer: Trainer) -> None:
             f"SparseModelSoup: an epoch had {done} batches, not {planned:g}, so the learning rates of a retraining do "
             f"not reach their end. Give Trainer(limit_train_batches={done}), or data of a length that is true."
         )
+
+
+def refuse_ended(trainer: Trainer, epochs: int) -> None:
+    """A fit in which no phase was entered, as all epochs had been trained before.
+
+    Raises:
+        UnsupportedSetup: Always; it says what to do.
+    """
+    if trainer.ckpt_path is None:
+        raise UnsupportedSetup(
+            f"SparseModelSoup: this Trainer has trained for all {epochs} epochs before, so nothing was pruned now. "
+            "Begin with a new Trainer."
+        )
+    raise UnsupportedSetup(
+        f"SparseModelSoup: with the checkpoint all {epochs} epochs are over, and it holds no state of this callback, "
+        "so nothing was pruned. Load its weights into the module, and begin a fit without ckpt_path."
+    )

@@ -263,7 +263,7 @@ class TestProcedure:
     def test_accumulation(self, tmp_path):
         soup, _ = fit(tmp_path, trainer={"accumulate_grad_batches": 4})
         assert soup.records[-1]["sparsity"] == round(SIZE * 0.8) / SIZE
-        assert soup._step == 2  # of six batches
+        assert soup._rates.step == 2  # of six batches
 
     def test_other_selections_and_roundings(self, tmp_path):
         for selection in ("uniform", "lamp", "erk", "random"):
