@@ -11,14 +11,17 @@ __version__ = "0.1.0"
 _ROOMS = {
     "lightning_soup.callbacks": (
         "CheckpointTrail",
+        "DiLoCo",
         "EqualAverage",
         "ExpertsWeightAveraging",
         "ExponentialAverage",
+        "GossipAveraging",
         "LatestAverage",
         "LearnableEnsembleWeights",
         "LiveAverage",
         "MetricsWeightedAveraging",
         "ModelSoup",
+        "NoLoCo",
         "SparseModelSoup",
         "SparsityMask",
         "WeightEnsemble",
@@ -33,6 +36,7 @@ _ROOMS = {
         "TextDataModule",
         "TorchvisionDataModule",
     ),
+    "lightning_soup.distributed": ("ReplicaStrategy", "SimulatedReplicas"),
     "lightning_soup.evaluation": (
         "Evaluator",
         "ModuleEvaluator",

@@ -7,6 +7,7 @@ __all__ = [
     "NonFiniteScore",
     "NonFiniteWeights",
     "RecipeError",
+    "ReplicaLost",
     "UnreadableCheckpoint",
     "UnsupportedSetup",
     "UnwritableOutput",
@@ -43,6 +44,10 @@ class RecipeError(LightningSoupError):
 
 class NonFiniteScore(RecipeError):
     """The metric of a candidate is NaN; a search passes over such candidates."""
+
+
+class ReplicaLost(LightningSoupError, RuntimeError):
+    """A process of a distributed training has died, or did not answer in time."""
 
 
 class MissingExtra(LightningSoupError, ImportError):

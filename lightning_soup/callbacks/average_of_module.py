@@ -14,6 +14,7 @@ from lightning_soup.callbacks.averaged_tensors import Group, is_captured, reshar
 from lightning_soup.callbacks.recalibration import Statistics
 from lightning_soup.callbacks.selected_tensors import by_optimizer, select, trainable, without_infinite
 from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.callbacks.strategies import have_one_model
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.layers.masks import Masks
 
@@ -254,7 +255,7 @@ class AverageOfModule:
 
     def share_buffers(self, trainer: Trainer) -> None:
         """Average the averaged buffers over ranks, which see different data. Every rank must take part."""
-        if self.rule.buffers != "average" or trainer.world_size == 1:
+        if self.rule.buffers != "average" or not have_one_model(trainer):
             return
         for group in self.ready:
             for slot, _, average in group.pairs():

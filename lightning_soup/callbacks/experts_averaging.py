@@ -113,7 +113,7 @@ class ExpertsWeightAveraging(Callback):
         """Replace the networks, before optimizers are made and checkpoints are loaded."""
         if stage != "fit":
             return
-        check_strategy(trainer, type(self).__name__, "experts are averaged whole")
+        check_strategy(trainer, type(self).__name__, "experts are averaged whole", replicas=True)
         self._steps_done, self._loaded = 0, None
         check_others(trainer, self)
         take_off(trainer, self)  # of a fit that failed

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.runs.settings import set_hyperparameters, set_optimizer_options
 
 
 def make_optimizers_anew(
@@ -42,7 +43,7 @@ def make_optimizers_anew(
         if again and first is not None:
             optimizer.state.clear()
             _restore_options(optimizer, first)
-        _set_options(
+        set_optimizer_options(
             optimizer, {n: v for n, v in (settings or {}).items() if n in optimizer.defaults} if again else left
         )
     if not schedules:
@@ -58,23 +59,12 @@ def _seen_by_the_module(trainer: Trainer, epochs: int, settings: Mapping[str, An
     attributes = {name: getattr(module, name) for name in settings if hasattr(module, name)}
     trainer.fit_loop.max_epochs = epochs
     try:
-        for name in own:
-            hparams[name] = settings[name]
-        for name in attributes:
-            setattr(module, name, settings[name])
-        yield {name: value for name, value in settings.items() if name not in own and name not in attributes}
+        yield set_hyperparameters(module, settings)
     finally:
         trainer.fit_loop.max_epochs = whole
         hparams.update(own)
         for name, value in attributes.items():
             setattr(module, name, value)
-
-
-def _set_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Set options of all groups but of those that alone are without: biases often have no weight decay."""
-    for name, value in options.items():
-        for group in [group for group in optimizer.param_groups if group[name] != 0] or optimizer.param_groups:
-            group[name] = value
 
 
 def check_settings(trainer: Trainer, module: LightningModule, vary: Mapping[str, Sequence[Any]], epochs: int) -> None:
@@ -126,7 +116,7 @@ def _made_under(
     with _seen_by_the_module(trainer, epochs, settings) as left:
         optimizer = _init_optimizers_and_lr_schedulers(module)[0][0]
     kept = options_of(optimizer)
-    _set_options(optimizer, settings if optimizer in trainer.optimizers else left)
+    set_optimizer_options(optimizer, settings if optimizer in trainer.optimizers else left)
     found = first_rates(optimizer), f"{type(optimizer)} {options_of(optimizer)}"
     _restore_options(optimizer, kept)
     return found

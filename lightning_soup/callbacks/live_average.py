@@ -143,7 +143,7 @@ class LiveAverage(Callback):
         if stage != "fit":
             return
         why = "it keeps parameters in flattened or hidden shards"
-        check_strategy(trainer, type(self).__name__, why, shards=True)
+        check_strategy(trainer, type(self).__name__, why, shards=True, replicas=True)
         if self._average is not None:  # after an exception there was no teardown
             self._average.close()
         take_off(trainer, self)

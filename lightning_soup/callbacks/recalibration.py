@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, SequentialSampler
 from torchmetrics import Metric
 
+from lightning_soup.callbacks.strategies import have_one_model
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.module_evaluator import listed
 from lightning_soup.evaluation.own_loops import OwnLoops, normed
@@ -48,7 +49,7 @@ class Statistics:
                 with closing(_training_batches(trainer)) as given:
                     loops.recalibrate(islice(given, batches), _frozen(trainer, module))
             for buffer in own.values():
-                if trainer.world_size > 1 and buffer.is_floating_point():
+                if have_one_model(trainer) and buffer.is_floating_point():
                     buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
             self._average = {name: buffer.clone() for name, buffer in own.items()}
         else:

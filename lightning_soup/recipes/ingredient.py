@@ -17,6 +17,7 @@ from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.recipes.training_record import STEP, training_record
 from lightning_soup.weights.adapters import CONFIG_NAME
 from lightning_soup.weights.atomic import user_path
+from lightning_soup.weights.replica_folder import ReplicaManifest, is_replica_folder
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
 
 RUN_FILE = "run.json"
@@ -104,7 +105,8 @@ def gather_ingredients(
     Args:
         sources: Each a file, a folder of weights, a run folder (with ``run.json`` or one file under ``checkpoints/``),
             a pattern such as ``runs/*/checkpoints/*.ckpt`` (sorted by name, numbers by value), an artifact reference
-            ``wandb:entity/project/artifact:version``, or an :class:`Ingredient`.
+            ``wandb:entity/project/artifact:version``, or an :class:`Ingredient`. Of a checkpoint of several replicas
+            each is an ingredient.
         output: Where the soup will be written. A pattern passes over an earlier soup there, so that a second run does
             not take the first one's soup for an ingredient.
 
@@ -132,6 +134,7 @@ def gather_ingredients(
                 raise RecipeError(f"{text!r} matches no file (searched from {Path.cwd()}). Check the pattern.")
         else:
             matches = [text]
+        matches = [file for match in matches for file in _replicas(match)]
         for match in matches:
             refuse_overwriting(match, output)
         paths |= {match if match.startswith("wandb:") else os.path.realpath(match): match for match in matches}
@@ -245,8 +248,25 @@ def _is_record(record: object) -> bool:
     return numbers and isinstance(setting, dict)
 
 
+def _replicas(path: str) -> list[str]:
+    """The files of a checkpoint of several replicas; any other path as it is."""
+    folder = user_path(path)
+    if path.startswith("wandb:") or not folder.is_dir():
+        return [path]
+    inside = _checkpoints_of_run(folder)
+    folder = inside[0] if len(inside) == 1 else folder
+    if not is_replica_folder(folder):
+        return [path]
+    manifest = ReplicaManifest.read(folder)
+    return [str(manifest.path(rank)) for rank in range(manifest.world_size)]
+
+
+def _checkpoints_of_run(path: Path) -> list[Path]:
+    return sorted((path / "checkpoints").glob("*.ckpt")) if path.is_dir() else []
+
+
 def _file_of_run(path: Path) -> Path:
-    inside = sorted((path / "checkpoints").glob("*.ckpt")) if path.is_dir() else []
+    inside = _checkpoints_of_run(path)
     if not inside:
         return path
     if len(inside) > 1:

@@ -16,9 +16,9 @@ from lightning_soup.weights.combine import combine
 from lightning_soup.weights.variance import Correction, correctable, corrections
 from lightning_soup.weights.weights_file import Source, WeightsFile
 
-__all__ = ["VarianceCorrectedSoup", "told_factors"]
+__all__ = ["NOTHING", "VarianceCorrectedSoup", "told_factors"]
 
-_NOTHING = 0.01  # factors within this of 1 do nothing
+NOTHING = 0.01  # factors within this of 1 do nothing
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,7 @@ class VarianceCorrectedSoup(Recipe):
         progress: Progress = silent,
     ) -> Soup:
         """Average and correct; see :meth:`.Recipe.cook`. ``Soup.corrected`` holds the factors."""
-        if self.target not in ("others", "self", "mix"):
-            raise RecipeError(f"VarianceCorrectedSoup(target={self.target!r}): expected 'others', 'self' or 'mix'.")
-        if self.beta is not None and not 0 <= self.beta <= 1:
-            raise RecipeError(f"VarianceCorrectedSoup(beta={self.beta}): expected a number from 0 to 1, or None.")
+        self.check()
         found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
         files = [item.weights for item in found]
         coefficients, shares = self.coefficients(len(files))
@@ -82,6 +79,17 @@ class VarianceCorrectedSoup(Recipe):
         corrected = corrections(matrices, combine(matrices, coefficients), shares, names, self.chunks)
         notes = (*notes, told_factors(corrected))
         return Soup(str(self), found, coefficients, notes=notes, corrected=corrected).rated(evaluator)
+
+    def check(self) -> None:
+        """Refuse options that are out of range.
+
+        Raises:
+            RecipeError: One is.
+        """
+        if self.target not in ("others", "self", "mix"):
+            raise RecipeError(f"VarianceCorrectedSoup(target={self.target!r}): expected 'others', 'self' or 'mix'.")
+        if self.beta is not None and not 0 <= self.beta <= 1:
+            raise RecipeError(f"VarianceCorrectedSoup(beta={self.beta}): expected a number from 0 to 1, or None.")
 
     def coefficients(self, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The coefficients of the average, and those of the variances in T."""
@@ -97,9 +105,9 @@ def told_factors(corrected: Mapping[str, Correction]) -> str:
     """A note on how much was corrected."""
     factors = [factor for correction in corrected.values() for factor in correction.factors]
     low, high = min(factors), max(factors)
-    if max(abs(low - 1), abs(high - 1)) <= _NOTHING:
+    if max(abs(low - 1), abs(high - 1)) <= NOTHING:
         return (
-            f"VarianceCorrectedSoup: all {len(factors)} factors are within {_NOTHING:.0%} of 1, so the correction does "
+            f"VarianceCorrectedSoup: all {len(factors)} factors are within {NOTHING:.0%} of 1, so the correction does "
             "nothing: the models are related (fine-tunes of one start). Take UniformSoup."
         )
     mean = statistics.fmean(factors)

@@ -18,6 +18,7 @@ from lightning_soup.weights.artifacts import fetch_artifact
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.distributed_format import is_distributed, open_distributed
 from lightning_soup.weights.formats import WEIGHT_SUFFIXES, open_file, weights_of
+from lightning_soup.weights.replica_folder import ReplicaManifest, is_replica_folder
 from lightning_soup.weights.weights_file import WeightsFile
 
 _FOLDER_FILES = (
@@ -41,6 +42,8 @@ def open_path(source: str | os.PathLike, which: str) -> WeightsFile:
 
 
 def _open_folder(folder: Path, which: str) -> WeightsFile:
+    if is_replica_folder(folder):
+        return _open_replicas(folder, which)
     if (folder / CONFIG_NAME).exists():
         return _open_adapter(folder, which)
     indices = sorted(folder.glob("*.index.json"), key=_index_rank)
@@ -94,6 +97,24 @@ def _open_shards(index: Path, which: str) -> WeightsFile:
 
 def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and Path(value).name == value
+
+
+def _open_replicas(folder: Path, which: str) -> WeightsFile:
+    """One replica, by its rank, or the mean of all."""
+    manifest = ReplicaManifest.read(folder)
+    if which.isdecimal():
+        opened = open_file(manifest.path(int(which)), "average")
+        opened.label = f"{folder.name} replica {which}"
+        return opened
+    from lightning_soup.weights.combine import combine  # which opens what it combines
+
+    inner = "average" if which == "mean" else which
+    replicas = [open_file(manifest.path(rank), inner) for rank in range(manifest.world_size)]
+    for rank, replica in enumerate(replicas):
+        replica.label = f"{folder.name} replica {rank}"
+    mean = replicas[0].replaced(combine(replicas, [1 / len(replicas)] * len(replicas)))
+    mean.label, mean.path, mean.format = folder.name, Path(os.path.abspath(folder)), "replicas"
+    return mean
 
 
 def _open_adapter(folder: Path, which: str) -> WeightsFile:

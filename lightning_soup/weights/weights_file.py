@@ -172,21 +172,23 @@ class WeightsFile(Mapping[str, Tensor]):
         return self._digest
 
 
-def open_checkpoint(source: Source | WeightsFile, *, which: str = "average") -> WeightsFile:
+def open_checkpoint(source: Source | WeightsFile, *, which: str | int = "average") -> WeightsFile:
     """Open weights of any supported format without reading them and without running code from the file.
 
     Formats, told apart by their content and not by their suffix: safetensors; ``torch.save`` files, old and
     new, whose weights stand at the top or under ``state_dict``, ``model``, ``model_state_dict``,
     ``state_dict_ema`` and the like; Lightning checkpoints; TorchScript archives; folders of shards with an
     ``*.index.json``; folders of torch.distributed.checkpoint (``.metadata`` and ``.distcp`` files); PEFT adapter
-    folders; folders with one weights file; ``wandb:entity/project/artifact:version``. The wrapper prefixes
-    ``module.`` and ``_orig_mod.`` are removed from names.
+    folders; folders of replicas (:class:`.ReplicaStrategy`); folders with one weights file;
+    ``wandb:entity/project/artifact:version``. The wrapper prefixes ``module.`` and ``_orig_mod.`` are removed from
+    names.
 
     Args:
         source: A path, a mapping from name to tensor, a module, or an opened file (returned as it is).
         which: Files that hold an average and the raw weights (Lightning's averaging callbacks, timm's
             ``state_dict_ema``) open as the average; ``"raw"`` opens the weights as training left them, and the name
-            of a live average (``"ema"``, …) that one of several.
+            of a live average (``"ema"``, …) that one of several. Of a folder of replicas, a rank opens that replica,
+            and ``"mean"``, or nothing, the mean of all.
 
     Returns:
         The opened weights.
@@ -200,8 +202,8 @@ def open_checkpoint(source: Source | WeightsFile, *, which: str = "average") -> 
         >>> {name: str(spec) for name, spec in weights.specs.items()}
         {'weight': 'float32 [3, 2]', 'bias': 'float32 [3]'}
     """
-    if not isinstance(which, str) or not which:
-        raise ValueError(f"which={which!r}: expected 'average', 'raw' or the name of a live average.")
+    if isinstance(which, bool) or not isinstance(which, (str, int)) or which == "":
+        raise ValueError(f"which={which!r}: expected 'average', 'raw', the name of a live average, or a rank.")
     if isinstance(source, WeightsFile):
         return source
     if isinstance(source, nn.Module):
@@ -210,7 +212,7 @@ def open_checkpoint(source: Source | WeightsFile, *, which: str = "average") -> 
         return _open_mapping(source, f"weights in memory ({len(source)} tensors)")
     from lightning_soup.weights.opening import open_path  # the readers end in WeightsFile
 
-    return open_path(source, which)
+    return open_path(source, str(which))
 
 
 def _open_module(module: nn.Module) -> WeightsFile:

@@ -1,0 +1,86 @@
+"""What replicas begin with: their weights, their settings, and signals that each of them minds for itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+
+from lightning_soup.distributed.ranks import Ranks
+from lightning_soup.distributed.replica_ends import saved_tensors
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.runs.settings import set_optimizer_options
+
+__all__ = ["begin", "leave_signals_local", "override_options"]
+
+
+def begin(module: LightningModule, ranks: Ranks, common_start: bool) -> None:
+    """Begin with one model on all ranks, or look whether there are several.
+
+    Raises:
+        UnsupportedSetup: Replicas have other parameters than rank 0; or are alike, where they should not be.
+    """
+    tensors = saved_tensors(module)
+    _check_shapes({name: list(tensor.shape) for name, tensor in tensors.items()}, ranks)
+    if common_start:
+        for tensor in tensors.values():
+            tensor.copy_(ranks.send_from(0, tensor))
+        return
+    sums = ranks.gather([float(tensor.double().sum()) for tensor in tensors.values() if tensor.is_floating_point()])
+    if len(sums) > 1 and all(other == sums[0] for other in sums):
+        raise UnsupportedSetup(
+            "ReplicaStrategy(common_start=False): all replicas have the same weights. Build the layers in the module's "
+            "configure_model, which is called with random numbers of each rank's own, or leave it out."
+        )
+
+
+def _check_shapes(shapes: Mapping[str, list[int]], ranks: Ranks) -> None:
+    first, *others = ranks.gather(shapes)
+    for rank, found in enumerate(others, start=1):
+        apart = sorted(name for name in found.keys() | first.keys() if found.get(name) != first.get(name))
+        if apart:
+            raise UnsupportedSetup(
+                f"replicas must have the same parameters, but {apart[0]} has the shape {first.get(apart[0])} on rank 0 "
+                f"and {found.get(apart[0])} on rank {rank}. Override no size of the model."
+            )
+
+
+def override_options(module: LightningModule, optimizers: Sequence[Optimizer], settings: Mapping[str, Any]) -> None:
+    """Set options of optimizers that the module has no hyperparameter for.
+
+    Raises:
+        UnsupportedSetup: An optimizer has no such option.
+    """
+    for name, value in settings.items():
+        if any(name not in optimizer.defaults for optimizer in optimizers):
+            known = [one for one in module.hparams if not one.startswith("_")]  # without what LightningCLI adds
+            options = sorted({option for optimizer in optimizers for option in optimizer.defaults})
+            raise UnsupportedSetup(
+                f"ReplicaStrategy(overrides): {type(module).__name__} has no hyperparameter {name!r}, and its optimizer"
+                f" no such option. The module has {', '.join(known) or 'none'}; the optimizer {', '.join(options)}."
+            )
+        for optimizer in optimizers:
+            set_optimizer_options(optimizer, {name: value})
+
+
+def leave_signals_local(trainer: Trainer) -> None:
+    """Let a rank that is told to end do so by itself.
+
+    Lightning broadcasts from rank 0 before every batch whether it was told, and all wait for that: a global barrier in
+    each step, which training without synchronisation must not have, and an error once any rank is gone.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+
+    def look() -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    def notified(signum: Any, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if not connector.received_sigterm and launcher is not None:
+            launcher.kill(signum)
+        connector.received_sigterm = True
+
+    loop._broadcast_sigterm_tensor = look
+    connector._sigterm_notifier_fn = notified
