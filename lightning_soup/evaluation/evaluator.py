@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -90,8 +90,13 @@ class Evaluator(ABC):
         """The mean loss of ``batch`` and its gradient for every floating tensor that takes part."""
         raise RecipeError(f"{type(self).__name__} gives no gradients, so coefficients cannot be learned with it.")
 
-    def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
-        """The BatchNorm statistics of these weights, estimated anew on training data; empty without BatchNorm."""
+    def recalibrate(self, weights: Weights, frozen: Collection[str] = ()) -> dict[str, Tensor]:
+        """The BatchNorm statistics of these weights, estimated anew on training data; empty without BatchNorm.
+
+        Args:
+            weights: What they are estimated for.
+            frozen: Names of statistics that were frozen in training: layers that have them keep and use them.
+        """
         raise RecipeError(f"{type(self).__name__} cannot recalibrate BatchNorm statistics.")
 
     def natural(self, score: float) -> float:

@@ -1,6 +1,6 @@
 """Evaluating inside a running fit, without disturbing it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -131,13 +131,13 @@ class FitEvaluator(ModuleEvaluator):
             loop.setup_data()
         return listed(self.trainer.val_dataloaders)
 
-    def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
+    def recalibrate(self, weights: Weights, frozen: Collection[str] = ()) -> dict[str, Tensor]:
         """As outside a fit, on the fit's own training batches; the mean over ranks, each of which sees its share.
 
         Layers that are in evaluation mode while the rest trains keep their statistics, on which the rest relies.
         """
         reduce = self.trainer.strategy.reduce
-        found = super().recalibrate(weights)
+        found = super().recalibrate(weights, frozen)
         found = {n: reduce(v, reduce_op="mean") if v.is_floating_point() else v for n, v in found.items()}
         own = self._own()
         names = clean_names(own, type(self.module).__name__)

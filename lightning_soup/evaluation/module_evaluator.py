@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from lightning_soup.evaluation.loading import (
     warn_of_random_setup,
 )
 from lightning_soup.evaluation.outcomes import Outcome
-from lightning_soup.evaluation.own_loops import OwnLoops, ctrl_c_unchanged, hidden, quiet
+from lightning_soup.evaluation.own_loops import OwnLoops, ctrl_c_unchanged, hidden, normed, quiet
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.in_place import open_target
 from lightning_soup.weights.weights_file import (
@@ -239,12 +239,12 @@ class ModuleEvaluator(Evaluator):
         groups, classes = getattr(told, "test_groups", {}), getattr(told, "test_classes", {})
         return {name: self._loops.outcome(loader, groups.get(name), classes.get(name)) for name, loader in pairs}
 
-    def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
+    def recalibrate(self, weights: Weights, frozen: Collection[str] = ()) -> dict[str, Tensor]:
         """Estimate BatchNorm statistics anew: the mean over training batches, in one pass without gradients.
 
         Only statistics and their counters change; afterwards the module holds these weights with them. Do this only
         where the statistics of the ingredients were themselves trained: with statistics that were frozen in fine-tuning
-        it destroys the model.
+        it destroys the model. Name those in ``frozen``.
 
         Raises:
             RecipeError: There is no training data.
@@ -253,12 +253,16 @@ class ModuleEvaluator(Evaluator):
         with isolate_rng():
             torch.manual_seed(0)  # the same batches for the same weights
             batches = limited(self._training_loader(), self.trainer.limit_train_batches)
-            statistics = self._loops.recalibrate(batches, self._frozen())
+            statistics = self._loops.recalibrate(batches, [*self._frozen(), *self._layers_of(frozen)])
         return {name: value.clone() for name, value in statistics.items()}
 
     def _frozen(self) -> list[str]:
         """Layers whose statistics are not those of their training; outside a fit, modes say nothing."""
         return []
+
+    def _layers_of(self, statistics: Collection[str]) -> list[str]:
+        names = clean_names(self._own(), type(self.module).__name__)
+        return [name for name in normed(self.module) if names.get(f"{name}.running_mean") in statistics]
 
     def _training_loader(self) -> Any:
         self._require("train_dataloader", "to recalibrate BatchNorm statistics on")

@@ -1,6 +1,6 @@
 """Judging weights with BatchNorm statistics of their own."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -55,6 +55,6 @@ class RecalibratedEvaluator(Evaluator):
         """The inner one's: with the statistics that the weights came with."""
         return self.inner.loss_and_grad(weights, batch)
 
-    def recalibrate(self, weights: Weights) -> dict[str, Tensor]:
+    def recalibrate(self, weights: Weights, frozen: Collection[str] = ()) -> dict[str, Tensor]:
         """The inner one's."""
-        return self.inner.recalibrate(weights)
+        return self.inner.recalibrate(weights, frozen)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_soup.errors import NonFiniteScore, RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator, Split
+from lightning_soup.recipes.checks import statistics_of
 from lightning_soup.weights.combine import combine, combine_many
 from lightning_soup.weights.geometry import differing
 from lightning_soup.weights.stored_tensor import MemoryTensor
@@ -24,7 +25,8 @@ class Candidates:
     changed, not from all K. Tensors that are the same in all checkpoints are written once and left alone.
 
     BatchNorm statistics cannot be combined with negative coefficients: a variance could become negative. Where they
-    differ between the checkpoints, they are estimated anew for every candidate.
+    differ between the checkpoints, they are estimated anew for every candidate; others, of layers that were frozen in
+    training, stay as they are.
 
     Args:
         sources: The checkpoints.
@@ -46,7 +48,7 @@ class Candidates:
                 f"EvolutionarySoup: all {len(sources)} checkpoints hold the same weights, so there is nothing to "
                 "search. Give checkpoints of different steps."
             )
-        self.statistics = tuple(name for name in names if name.endswith((".running_mean", ".running_var")))
+        self.statistics, self._frozen = statistics_of(sources)
         self._sources = [source.only(names) for source in sources]
         slot = evaluator.slot()
         whole = open_checkpoint(combine([sources[0]], [1.0]) if slot is None else slot)
@@ -58,6 +60,13 @@ class Candidates:
         self._formed: list[WeightsFile] = []
         self._base: WeightsFile | None = None
         self._base_alpha_RK: Tensor | None = None
+
+    @property
+    def coarsest(self) -> torch.dtype | None:
+        """The floating type of most rounding among the tensors that differ; the others stay as they are."""
+        types = {spec.dtype for source in self._sources for spec in source.specs.values()}
+        floating = [dtype for dtype in types if dtype.is_floating_point]
+        return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
     def coefficients(self, alpha_RK: Tensor) -> Coefficients:
         """What :func:`.combine` takes for all tensors."""
@@ -100,19 +109,38 @@ class Candidates:
         if not self.statistics:
             return {}
         self._form(alpha_RK, None)
-        found, specs = self.evaluator.recalibrate(self._slot), self._sources[0].specs
+        found, specs = self._estimated(), self._sources[0].specs
         return {name: found[name].to("cpu", specs[name].dtype, copy=True) for name in found if name in specs}
 
     def _judge(self, split: Split) -> float:
         if self.statistics:
-            found = self.evaluator.recalibrate(self._slot)
+            found = self._estimated()
             with torch.no_grad():
                 for name in found.keys() & self._target.keys():
                     self._target[name].copy_(found[name])
         try:
-            return self.evaluator.score_on(self._slot, split)
+            score = self.evaluator.score_on(self._slot, split)
         except NonFiniteScore:
             return float("nan")
+        try:
+            return float(score)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RecipeError(
+                f"EvolutionarySoup: {type(self.evaluator).__name__} gave {score!r:.60} as the score of a candidate on "
+                f"the {split} split. Expected one number, higher where the candidate is better."
+            ) from error
+
+    def _estimated(self) -> dict[str, Tensor]:
+        """The statistics of the candidate that the evaluator holds."""
+        found = self.evaluator.recalibrate(self._slot, self._frozen)
+        missing = [name for name in self.statistics if name not in found]
+        if missing:
+            raise RecipeError(
+                f"EvolutionarySoup: {missing[0]!r} differs between the checkpoints, but is not estimated anew on "
+                "training data (it is of no BatchNorm layer, or of one that was frozen on the way), and negative "
+                "coefficients could make a variance negative. Give checkpoints in which it is the same."
+            )
+        return found
 
     def _form_all(self, alphas: Sequence[Tensor]) -> None:
         rows = [self._rows(alpha_RK) for alpha_RK in alphas]

@@ -3,7 +3,7 @@
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
 from lightning_soup.weights.adapter_checks import check_adapters, check_one_run
 from lightning_soup.weights.adapters import holds_adapter, is_adapter
 from lightning_soup.weights.compatibility import check_compatible, is_head
-from lightning_soup.weights.geometry import cosines
+from lightning_soup.weights.geometry import cosines, differing
 from lightning_soup.weights.weights_file import Source, WeightsFile
 from lightning_soup.weights.zeros import compare_zeros, is_pruned
 
@@ -76,6 +76,20 @@ def check_ingredients(
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return tuple(found), tuple(notes)
+
+
+class Statistics(NamedTuple):
+    """Names of BatchNorm statistics: those that differ between ingredients, and those that were frozen in training."""
+
+    differing: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+def statistics_of(sources: Sequence[WeightsFile]) -> Statistics:
+    """The BatchNorm statistics of ingredients, of which those that are the same in all were frozen."""
+    names = [name for name in sources[0].specs if name.endswith((".running_mean", ".running_var"))]
+    found = differing([source.only(names) for source in sources]) if names else ()
+    return Statistics(found, tuple(name for name in names if name not in found))
 
 
 def _other_masks(ingredients: Sequence[Ingredient]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.evaluation.evaluator import Evaluator
 from lightning_soup.progress import Progress, silent
-from lightning_soup.recipes.checks import CommonStart
+from lightning_soup.recipes.checks import CommonStart, statistics_of
 from lightning_soup.recipes.finishing import Repruning, finish_
 from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.recipes.soup_output import save_terms
@@ -189,7 +189,7 @@ class Soup:
 
         A soup is returned as it was, with a warning and a note, where there is nothing to estimate: the model has no
         BatchNorm, or its statistics are the same in all ingredients. They were frozen in fine-tuning then, and new ones
-        would undo what the weights were trained with.
+        would undo what the weights were trained with. Where that is so of some layers only, these keep theirs.
 
         Args:
             evaluator: Has the training data; see :meth:`.Evaluator.recalibrate`.
@@ -197,15 +197,17 @@ class Soup:
         Raises:
             RecipeError: There is no training data, or the score with the new statistics is NaN.
         """
-        found = evaluator.recalibrate(self.weights(evaluator.slot()))
+        frozen = statistics_of(self.sources).frozen
+        found = evaluator.recalibrate(self.weights(evaluator.slot()), frozen)
         specs = self.sources[0].specs
-        statistics = {name: value.to("cpu", specs[name].dtype, copy=True) for name, value in found.items()}
-        floating = [name for name, value in statistics.items() if value.is_floating_point()]
-        if not floating:
-            return self._left_alone("the model has no BatchNorm layer with running statistics")
-        if all(torch.equal(s[name], self.sources[0][name]) for s in self.sources[1:] for name in floating):
+        statistics = {
+            name: value.to("cpu", specs[name].dtype, copy=True) for name, value in found.items() if name not in frozen
+        }
+        if not any(value.is_floating_point() for value in statistics.values()):
+            if not frozen:
+                return self._left_alone("the model has no BatchNorm layer with running statistics")
             return self._left_alone(
-                f"the BatchNorm statistics ({floating[0]}, …) are the same in all ingredients; they were frozen in "
+                f"the BatchNorm statistics ({frozen[0]}, …) are the same in all ingredients; they were frozen in "
                 "fine-tuning, and the weights fit only them"
             )
         before = self if self.score is not None else self.rated(evaluator)

@@ -218,7 +218,7 @@ class Statistics(Regression):
     def score(self, weights):
         return -abs(float(weights["norm.running_mean"]) - 3.0)
 
-    def recalibrate(self, weights):
+    def recalibrate(self, weights, frozen=()):
         return {"norm.running_mean": self.found}
 
 
@@ -239,15 +239,16 @@ def test_recalibrated_tells_the_score_before_and_after():
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("means", "found", "message"),
     [
-        ({}, "the model has no BatchNorm layer"),
-        ({"norm.running_mean": torch.ones(1)}, "are the same in all ingredients"),
+        ((1.0, 3.0), {}, "the model has no BatchNorm layer"),
+        ((1.0, 1.0), {}, "are the same in all ingredients"),
+        ((1.0, 1.0), {"norm.running_mean": torch.ones(1)}, "are the same in all ingredients"),
     ],
 )
-def test_what_needs_no_recalibration_is_left_as_it_was(monkeypatch, found, message):
+def test_what_needs_no_recalibration_is_left_as_it_was(monkeypatch, means, found, message):
     monkeypatch.setattr(Statistics, "recalibrate", lambda *_: found)
-    soup = UniformSoup().cook(normed(1.0, 1.0), Statistics())
+    soup = UniformSoup().cook(normed(*means), Statistics())
     with pytest.warns(UserWarning, match=f"nothing was recalibrated: .*{message}"):
         same = soup.recalibrated(Statistics())
     assert message in same.notes[-1]
