@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from lightning_soup.recipes.parts import blocks_of
 from lightning_soup.recipes.recipe import Recipe, Soup, require_evaluator
 from lightning_soup.recipes.search import CovarianceAdaptation, Evolution, Search, ema_coefficients
 from lightning_soup.recipes.search_record import SearchRecord
-from lightning_soup.recipes.tried import Tried, lowered, told_amplification
+from lightning_soup.recipes.tried import Tried, told_amplification
 from lightning_soup.weights.weights_file import Source, WeightsFile
 
 # Shape suffixes: R rows of coefficients (1, or one per block of the network), K checkpoints.
@@ -78,8 +79,8 @@ class EvolutionarySoup(Recipe):
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
 
     Raises:
-        RecipeError: An option out of its range; a record of another search; all start vectors score NaN or infinity
-            (later ones are passed over).
+        RecipeError: An option out of its range, at once; a record of another search; all start vectors score NaN or
+            infinity (later ones are passed over).
 
     Source: Liu et al., Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better, ICLR 2025
     (arXiv 2404.02241). Its search was not released; what the paper leaves open (P, σ, the operators' details, the third
@@ -106,6 +107,33 @@ class EvolutionarySoup(Recipe):
 
     needs_evaluator: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        starts = len(self.decays) + 1
+        expected = {
+            "strategy": (self.strategy in ("evolution", "cma"), "'evolution' or 'cma'"),
+            "by": (self.by in ("model", "block"), "'model' or 'block'"),
+            "third": (self.third in ("auto", "require", "ignore"), "'auto', 'require' or 'ignore'"),
+            "decays": (_rising(self.decays), "different numbers of 0 ≤ d < 1, rising, at least one"),
+            "population": (_whole(self.population, 2), "a whole number, 2 or more"),
+            "generation": (
+                _whole(self.generation, 2 if self.strategy == "cma" else 1),
+                "a whole number, 1 or more; for 'cma' 2",
+            ),
+            "sigma": (0 < self.sigma < math.inf, "more than 0"),
+            **{n: (0 <= getattr(self, n) <= 1, "from 0 to 1") for n in ("mutation", "crossover", "local")},
+            "ridge": (0 <= self.ridge < math.inf, "0 or more"),
+            "finalists": (_whole(self.finalists, 1), "a whole number, 1 or more"),
+            "memory": (0 <= self.memory < math.inf, "0 GB or more, not infinity"),
+            "seed": (_whole(self.seed, -math.inf), "a whole number"),
+            "budget": (
+                _whole(self.budget, starts),
+                f"a whole number, {starts} or more, one for each start vector (decays, and uniform)",
+            ),
+        }
+        for name, (held, what) in expected.items():
+            if not held:
+                raise RecipeError(f"EvolutionarySoup({name}={getattr(self, name)!r}): expected {what}.")
+
     def cook(
         self,
         ingredients: Sequence[Ingredient | Source | WeightsFile],
@@ -113,7 +141,6 @@ class EvolutionarySoup(Recipe):
         progress: Progress = silent,
     ) -> Soup:
         """Search; see :meth:`.Recipe.cook`. The history holds one trial per evaluation, with Σ|α| and the α."""
-        self._check()
         evaluator = require_evaluator(self, evaluator)
         third_judges = self._third_judges(evaluator)
         found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
@@ -129,9 +156,10 @@ class EvolutionarySoup(Recipe):
             record.save()
         named = tried.finalists(self.finalists) if third_judges else []
         third = {i: candidates.score_on(tried.alphas[i], "third") for i in progress(named, "third split", len(named))}
-        chosen = max(third, key=lambda i: (lowered(third[i]), tried.worths[i]), default=tried.improvements[-1])
+        judged = {i: score for i, score in third.items() if math.isfinite(score)}
+        chosen = max(judged, key=lambda i: (judged[i], tried.worths[i]), default=tried.improvements[-1])
         alpha_RK = tried.alphas[chosen]
-        notes += (*tried.notes(third, chosen, evaluator), *told_amplification(found, alpha_RK))
+        notes += (*tried.notes(third, chosen, evaluator), *told_amplification(candidates.coarsest, alpha_RK))
         return Soup(
             str(self),
             found,
@@ -143,7 +171,7 @@ class EvolutionarySoup(Recipe):
             notes=notes,
             accumulate="float64",
             statistics=candidates.recalibrated(alpha_RK),
-            third_score=third.get(chosen),
+            third_score=judged.get(chosen),
         )
 
     # ------------------------------------------------------------------------------------------------------- search
@@ -210,26 +238,10 @@ class EvolutionarySoup(Recipe):
         digests = [item.weights.digest() for item in found]
         return {**settings, "metric": evaluator.metric, "mode": evaluator.mode, "ingredients": digests}
 
-    def _check(self) -> None:
-        starts = len(self.decays) + 1
-        expected = {
-            "strategy": (self.strategy in ("evolution", "cma"), "'evolution' or 'cma'"),
-            "by": (self.by in ("model", "block"), "'model' or 'block'"),
-            "third": (self.third in ("auto", "require", "ignore"), "'auto', 'require' or 'ignore'"),
-            "decays": (_rising(self.decays), "different numbers of 0 ≤ d < 1, rising, at least one"),
-            "population": (self.population >= 2, "2 or more"),
-            "generation": (self.generation >= (2 if self.strategy == "cma" else 1), "1 or more; for 'cma' 2"),
-            "sigma": (0 < self.sigma < math.inf, "more than 0"),
-            **{n: (0 <= getattr(self, n) <= 1, "from 0 to 1") for n in ("mutation", "crossover", "local")},
-            "ridge": (0 <= self.ridge < math.inf, "0 or more"),
-            "finalists": (self.finalists >= 1, "1 or more"),
-            "memory": (self.memory >= 0, "0 GB or more"),
-            "budget": (self.budget >= starts, f"{starts} or more, one for each start vector (decays, and uniform)"),
-        }
-        for name, (held, what) in expected.items():
-            if not held:
-                raise RecipeError(f"EvolutionarySoup({name}={getattr(self, name)!r}): expected {what}.")
-
 
 def _rising(decays: Sequence[float]) -> bool:
     return bool(decays) and all(0 <= d < 1 for d in decays) and all(a < b for a, b in pairwise(decays))
+
+
+def _whole(number: object, least: float) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and number >= least

@@ -34,7 +34,7 @@ class SearchRecord:
 
     def __init__(self, path: str | os.PathLike | None, about: Mapping[str, Any]) -> None:
         self.path = None if path is None else user_path(path)
-        self.about = dict(about)
+        self.about = json.loads(json.dumps(dict(about), default=float))  # as it is read: a tuple becomes a list
         self.alphas: list[Tensor] = []
         self.scores: list[float] = []
         self._written, self._saved = 0.0, 0
@@ -78,7 +78,7 @@ class SearchRecord:
             tried = content.pop("tried")
             alphas = [torch.tensor(item["coefficients"], dtype=torch.float64) for item in tried]
             scores = [math.nan if item["score"] is None else float(item["score"]) for item in tried]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RecipeError(
                 f"{path}: is no record of a search ({type(error).__name__}: {error}). Name another file, or remove it."
             ) from error

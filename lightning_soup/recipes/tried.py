@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator
-from lightning_soup.recipes.ingredient import Ingredient
 from lightning_soup.recipes.recipe import Trial
 from lightning_soup.recipes.search import Member
 
@@ -96,9 +95,11 @@ class Tried:
             row = alpha_RK[0].tolist() if len(alpha_RK) == 1 else []
             values = {"amplification": amplification(alpha_RK), **{f"α{k}": a for k, a in enumerate(row, 1)}}
             reason = "" if finite else "no finite score"
-            if i in third:
+            if i in third and math.isfinite(third[i]):
                 values["third"] = evaluator.natural(third[i])
                 reason = f"{evaluator.metric} {values['third']:.4f} on the third split"
+            elif i in third:
+                reason = "no finite score on the third split"
             if i == chosen:
                 reason = f"chosen: {reason}" if reason else "chosen"
             label = self.starts[i] if i < len(self.starts) else f"candidate {i + 1}"
@@ -113,10 +114,15 @@ class Tried:
 
         first, count, different = self.improvements[0], len(self), len(set(self.scores))
         where = f"{evaluator.metric} {told(self.scores, first)} → {told(self.scores, chosen)} on the searched data"
-        if third:
-            before = f"{told(third, first)} → " if first in third else ""
+        if chosen in third and math.isfinite(third[chosen]):
+            before = f"{told(third, first)} → " if math.isfinite(third.get(first, math.nan)) else ""
             yield f"EvolutionarySoup: {where}, {before}{told(third, chosen)} on the third split, which chose."
         else:
+            if third:
+                yield (
+                    f"EvolutionarySoup: none of the {len(third)} finalists has a finite {evaluator.metric} on the "
+                    "third split, so the searched data chose. Check the third split for broken values."
+                )
             yield (
                 f"EvolutionarySoup: {where}. That is no estimate of how good the soup is, since the search has fitted "
                 "this data: look at test data, or give the data module a third_dataloader()."
@@ -141,11 +147,14 @@ def amplification(alpha_RK: Tensor) -> float:
     return float(alpha_RK.abs().sum(1).max())
 
 
-def told_amplification(found: Sequence[Ingredient], alpha_RK: Tensor) -> tuple[str, ...]:
-    """A note, also given as a warning, where the rounding of the files becomes too large in the soup."""
-    types = {spec.dtype for item in found for spec in item.weights.specs.values() if spec.dtype.is_floating_point}
-    coarse = max(types, key=lambda dtype: torch.finfo(dtype).eps)
-    factor, eps = amplification(alpha_RK), torch.finfo(coarse).eps
+def told_amplification(coarse: torch.dtype | None, alpha_RK: Tensor) -> tuple[str, ...]:
+    """A note, also given as a warning, where the rounding of the files becomes too large in the soup.
+
+    Args:
+        coarse: The coarsest floating type of what is combined, if there is one.
+        alpha_RK: The coefficients.
+    """
+    factor, eps = amplification(alpha_RK), 0.0 if coarse is None else torch.finfo(coarse).eps
     if factor * eps <= _AMPLIFIED:
         return ()
     note = (

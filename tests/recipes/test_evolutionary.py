@@ -427,9 +427,9 @@ def test_a_plateau_is_told():
     ("options", "message"),
     [
         ({"strategy": "grid"}, "expected 'evolution' or 'cma'"),
-        ({"budget": 6}, "expected 7 or more, one for each start vector"),
-        ({"population": 1}, "expected 2 or more"),
-        ({"generation": 0}, "expected 1 or more"),
+        ({"budget": 6}, "a whole number, 7 or more, one for each start vector"),
+        ({"population": 1}, "a whole number, 2 or more"),
+        ({"generation": 0}, "a whole number, 1 or more"),
         ({"strategy": "cma", "generation": 1}, "for 'cma' 2"),
         ({"decays": [0.5, 0.3]}, "rising"),
         ({"decays": [1.0]}, "0 ≤ d < 1"),
@@ -440,6 +440,9 @@ def test_a_plateau_is_told():
         ({"ridge": -1.0}, "0 or more"),
         ({"third": "maybe"}, "'auto', 'require' or 'ignore'"),
         ({"finalists": 0}, "1 or more"),
+        ({"budget": 60.0}, "a whole number"),
+        ({"seed": 0.5}, "a whole number"),
+        ({"memory": math.inf}, "0 GB or more, not infinity"),
         ({"memory": -1.0}, "0 GB or more"),
         ({"by": "tensor"}, "'model' or 'block'"),
     ],
@@ -447,7 +450,7 @@ def test_a_plateau_is_told():
 def test_options_that_cannot_be(options, message):
     name = list(options)[-1]
     with pytest.raises(RecipeError, match=rf"EvolutionarySoup\({name}=.*{message}"):
-        soup_of(EvolutionarySoup(**options))
+        EvolutionarySoup(**options)  # before there is a checkpoint: a fit should not train first
 
 
 def test_ingredients_that_cannot_be():
