@@ -18,6 +18,7 @@ from lightning_soup.callbacks.steps import OptimizerSteps
 from lightning_soup.callbacks.strategies import check_strategy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.weights.atomic import atomic_path
+from lightning_soup.weights.stored_tensor import MemoryTensor
 from lightning_soup.weights.weights_file import clean_names
 
 
@@ -44,7 +45,7 @@ class CheckpointTrail(Callback):
         start: Nothing is kept before this much training: steps (``400``), a fraction (``0.5``), text (``"2 epochs"``).
         frozen: Also write what is not trained (frozen parameters; buffers are always written), without which a file is
             no ingredient for a whole module. False: the files hold only what training changes, for small adapters of
-            large models.
+            large models, and no parameters that begin to be trained on the way.
         dirpath: Folder of the files; ``trail`` in the run's folder by default.
 
     Attributes:
@@ -74,6 +75,7 @@ class CheckpointTrail(Callback):
         self.files: list[str] = []
         self._steps = self._since = 0
         self._fitting = False
+        self._names: set[str] | None = None
         self._signal: OptimizerSteps | None = None
         self._trainer: ref[Trainer] | None = None
         self._folder: Path | None = None
@@ -97,6 +99,7 @@ class CheckpointTrail(Callback):
                 f"CheckpointTrail: {type(pl_module).__name__} has no trainable parameter, so its weights would all be "
                 "the same. Set requires_grad before fit."
             )
+        self._names = None
         resumed = trainer.ckpt_path is not None
         if not resumed:
             self.files, self._steps, self._since = [], 0, 0
@@ -175,14 +178,29 @@ class CheckpointTrail(Callback):
         self.files = [*(other for other in self.files if other != file), file]
         while len(self.files) > self.keep:
             oldest = self.files.pop(0)
-            if trainer.is_global_zero and os.path.exists(oldest):
-                os.unlink(oldest)
+            if trainer.is_global_zero:
+                Path(oldest).unlink(missing_ok=True)
 
-    def _wide(self, module: LightningModule, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What goes into a file, tensors of 16 bits in float32."""
+    def _wide(self, module: LightningModule, content: dict[str, Any]) -> dict[str, Any]:
+        """What goes into a file, tensors of 16 bits in float32; what is tied in the module is so in the file."""
         left_out = set() if self.frozen else {slot.name for slot in trainable(module, frozen=True)}
-        names = clean_names(tensors, type(module).__name__)
-        return {raw: _wide(value) for raw, value in tensors.items() if names[raw] not in left_out}
+        names = clean_names(content, type(module).__name__)
+        kept = {raw: value for raw, value in content.items() if names[raw] not in left_out}
+        self._tell_of_others(set(kept))
+        stored = {raw: MemoryTensor(value) for raw, value in kept.items() if isinstance(value, Tensor)}
+        once = {tensor.identity: tensor.tensor() for tensor in stored.values()}
+        wide = {identity: _wide(value) for identity, value in once.items()}
+        # What is no tensor is extra state (get_extra_state), without which the module would not take the file.
+        return {raw: wide[stored[raw].identity] if raw in stored else value for raw, value in kept.items()}
+
+    def _tell_of_others(self, names: set[str]) -> None:
+        if self._names not in (None, names):
+            rank_zero_warn(
+                f"CheckpointTrail(frozen=False): other parameters are trained from step {self._steps} on "
+                f"({min(names ^ self._names)}, …), so the files before and after cannot be combined with one another. "
+                "Pass frozen=True, or let the trail start after this step."
+            )
+        self._names = names
 
     def _tell_of_lost_files(self) -> None:
         gone = [file for file in self.files if not os.path.exists(file)]
@@ -217,7 +235,6 @@ def _name(step: int | str) -> str:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """In 32 bits where it has fewer; detached from the graph and the module."""
-    value = value.detach()
+    """In 32 bits where it has fewer; apart from the module where it lies elsewhere or in fewer bits."""
     narrow = value.is_floating_point() and value.dtype.itemsize < 4
     return value.to("cpu", torch.float32 if narrow else value.dtype)

@@ -164,12 +164,18 @@ class ModelSoup(Callback):
             self._epochs = [path for path in self._epochs if path not in gone]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier fit, unless this one goes on with it; keep the start where the recipe needs it."""
+        """Forget an earlier fit, unless this one goes on with it; keep the start where the recipe needs it.
+
+        By now the data are there, so that a recipe can tell whether they have what it needs.
+        """
         self._trained, self.soup, self.soup_path, self._earlier = True, None, None, set()
         if trainer.fast_dev_run:
             return
         if self.recalibrate:
             check_training_ends(trainer, pl_module)
+        metric, mode = self._metric(trainer)
+        if metric is not None and trainer.enable_validation:
+            self._chooser.check(FitEvaluator(trainer, pl_module, metric, mode))
         if trainer.ckpt_path is None:
             self._epochs, self._start = [], None
             kept = checkpoint_callback(trainer)

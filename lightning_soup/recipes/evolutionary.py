@@ -134,6 +134,14 @@ class EvolutionarySoup(Recipe):
             if not held:
                 raise RecipeError(f"EvolutionarySoup({name}={getattr(self, name)!r}): expected {what}.")
 
+    def check(self, evaluator: Evaluator) -> None:
+        """Refuse an evaluator without the third split that is required; see :meth:`.Recipe.check`."""
+        if self.third == "require" and "third" not in evaluator.splits():
+            raise RecipeError(
+                "EvolutionarySoup(third='require'): there is no third split to choose on. Give the data module one "
+                "(third_fraction; of your own, a third_dataloader()), or leave the option out."
+            )
+
     def cook(
         self,
         ingredients: Sequence[Ingredient | Source | WeightsFile],
@@ -142,7 +150,8 @@ class EvolutionarySoup(Recipe):
     ) -> Soup:
         """Search; see :meth:`.Recipe.cook`. The history holds one trial per evaluation, with Σ|α| and the α."""
         evaluator = require_evaluator(self, evaluator)
-        third_judges = self._third_judges(evaluator)
+        self.check(evaluator)
+        third_judges = self.third != "ignore" and "third" in evaluator.splits()
         found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
         if self.strategy == "cma" and len(found) < 3:
             raise RecipeError("EvolutionarySoup(strategy='cma') needs three checkpoints or more; take 'evolution'.")
@@ -204,17 +213,6 @@ class EvolutionarySoup(Recipe):
             return CovarianceAdaptation(self.generation, self.sigma, self.seed)
         options = (self.sigma, self.mutation, self.crossover, self.local, self.seed)
         return Evolution(self.population, self.generation, *options)
-
-    # ----------------------------------------------------------------------------------------------------- the choice
-
-    def _third_judges(self, evaluator: Evaluator) -> bool:
-        there = "third" in evaluator.splits()
-        if self.third == "require" and not there:
-            raise RecipeError(
-                "EvolutionarySoup(third='require'): there is no third split to choose on. Give the data module one "
-                "(third_fraction; of your own, a third_dataloader()), or leave the option out."
-            )
-        return there and self.third != "ignore"
 
     # ---------------------------------------------------------------------------------------------------- the problem
 

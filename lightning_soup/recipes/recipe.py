@@ -63,6 +63,13 @@ class Recipe(ABC):
         object.__setattr__(free, "_masks_known", self._masks_known or one_mask)
         return free
 
+    def check(self, evaluator: Evaluator) -> None:  # noqa: B027  (most recipes need nothing more)
+        """Refuse an evaluator that lacks what this recipe needs, as far as that is known before there are ingredients.
+
+        Raises:
+            RecipeError: It does.
+        """
+
     @abstractmethod
     def cook(
         self,
