@@ -1,6 +1,7 @@
 """TextDataModule: texts, or prompts and what is to follow them, from files of lines."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning_soup.extras import import_extra
 __all__ = ["TextDataModule"]
 
 _IGNORED = -100  # the target that torch's and transformers' losses leave out
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can name one, but it has no encoding
 Example = tuple[list[int], list[int]]  # tokens, and what is learned of them
 
 
@@ -95,9 +97,12 @@ class TextDataModule(LightningDataModule):
             if self.files["val"] is not None:
                 self._examples |= {"train": found, "val": self._read("val")}
                 return
-            if len(found) < 2:
-                raise UnsupportedSetup(f"{self.files['train']}: one text cannot be divided. Give val, or more texts.")
-            rest, held_out = random_parts(len(found), self.val_fraction, self.seed)
+            try:
+                rest, held_out = random_parts(len(found), self.val_fraction, self.seed)
+            except UnsupportedSetup as error:
+                raise UnsupportedSetup(
+                    f"{self.files['train']}, val_fraction: {error} Give val, more texts or another val_fraction."
+                ) from error
             self._examples |= {"train": [found[i] for i in rest], "val": [found[i] for i in held_out]}
         if stage in (None, "test") and "test" not in self._examples and self.files["test"] is not None:
             self._examples["test"] = self._read("test")
@@ -186,14 +191,19 @@ class TextDataModule(LightningDataModule):
 def _lines(path: Path) -> Iterator[tuple[str | None, str]]:
     """Prompt, if there is one, and text of each line that is not empty."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would divide at characters within texts
+        content = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
     except (OSError, UnicodeDecodeError) as error:
         raise UnsupportedSetup(f"{path}: cannot be read as text ({type(error).__name__}: {error}).") from error
+    lines = content.split("\n")  # splitlines() would divide at characters within texts
     lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not lines:
         raise UnsupportedSetup(f"{path}: has no lines.")
     for number, line in lines:
-        yield (None, line.rstrip("\r")) if path.suffix == ".txt" else _parsed(line, f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        prompt, text = (None, line.rstrip("\r")) if path.suffix == ".txt" else _parsed(line, where)
+        if _HALF.search(f"{prompt}{text}"):
+            raise UnsupportedSetup(f"{where}: holds half a character (\\ud800 to \\udfff alone), which is no text.")
+        yield prompt, text
 
 
 def _parsed(line: str, where: str) -> tuple[str | None, str]:

@@ -55,7 +55,7 @@ def random_parts(count: int, fraction: float, seed: int) -> tuple[list[int], lis
     size = round(count * fraction)
     if not 0 < size < count:
         raise UnsupportedSetup(
-            f"A split of {count} images at fraction {fraction} leaves {count - size} and {size}: neither may be empty."
+            f"A split of {count} samples at fraction {fraction} leaves {count - size} and {size}: neither may be empty."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[size:]), sorted(order[:size])

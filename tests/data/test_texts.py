@@ -59,6 +59,15 @@ def test_plain_lines_and_odd_separators(tmp_path, tokenizer):
     assert found == [[BOS, *letters("ab"), EOS, EOS], [BOS, *letters("c"), 0, *letters("d"), EOS]]
 
 
+@pytest.mark.parametrize(("name", "line"), [("train.txt", "ab"), ("train.jsonl", '{"text": "ab"}')])
+def test_a_mark_of_the_encoding_is_no_text(tmp_path, tokenizer, name, line):
+    path = tmp_path / name
+    path.write_text(f"{line}\n", encoding="utf-8-sig")
+    data = TextDataModule(str(path), tokenizer, val=str(path))
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))["input_ids"].tolist() == [[BOS, *letters("ab"), EOS]]
+
+
 def test_a_share_is_held_out_by_the_seed(tmp_path, tokenizer):
     path = write_lines(tmp_path / "train.jsonl", [{"text": letter} for letter in LETTERS[:20]])
 
@@ -96,7 +105,9 @@ def test_test_texts(tmp_path, tokenizer):
         (b'{"text": 3}\n', "line 1: expected"),
         (b"\xff\xfe\n", "cannot be read as text"),
         (b'{"prompt": "abcdefghi", "completion": "a"}\n', r"no text has anything to learn within max_length=4"),
-        (b'{"text": "a"}\n', "one text cannot be divided"),
+        (b'{"text": "a"}\n', "val_fraction: A split of 1 samples at fraction 0.1 .* Give val, more texts"),
+        (b'{"text": "a"}\n' * 4, "val_fraction: A split of 4 samples at fraction 0.1 .* Give val, more texts"),
+        (b'{"text": "a"}\n{"prompt": "\\ud83d", "completion": "a"}\n', "line 2: holds half a character"),
     ],
 )
 def test_files_that_cannot_be(tmp_path, tokenizer, content, message):

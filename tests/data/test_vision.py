@@ -40,7 +40,7 @@ def test_random_parts_share_nothing_and_follow_the_seed():
 
 @pytest.mark.parametrize(("count", "fraction"), [(3, 0.1), (3, 0.9), (0, 0.5)])
 def test_random_parts_leave_none_empty(count, fraction):
-    with pytest.raises(UnsupportedSetup, match=f"A split of {count} images at fraction {fraction}"):
+    with pytest.raises(UnsupportedSetup, match=f"A split of {count} samples at fraction {fraction}"):
         random_parts(count, fraction, seed=0)
 
 
