@@ -47,11 +47,16 @@ class Batch:
         found = {term.place: term for part in self.parts for term in part.terms}
         return tuple(found[place] for place in sorted(found))
 
+    @cached_property
+    def accumulator(self) -> torch.dtype:
+        """The type in which all are added: the widest of them, where one leaves out the checkpoint that is wider."""
+        return max((part.accumulator for part in self.parts), key=lambda dtype: dtype.itemsize)
+
     @property
     def step(self) -> int:
         """Elements of a chunk."""
         rows = len(self.terms) + len(self.parts)
-        fitting = _BATCH_BYTES // (rows * self.parts[0].accumulator.itemsize)
+        fitting = _BATCH_BYTES // (rows * self.accumulator.itemsize)
         return max(min(fitting, *(part.step for part in self.parts)), 1)
 
     @cached_property
@@ -59,7 +64,7 @@ class Batch:
         """The coefficients."""
         rows = [{term.place: term.coefficient for term in part.terms} for part in self.parts]
         values = [[row.get(term.place, 0.0) for term in self.terms] for row in rows]
-        return torch.tensor(values, dtype=self.parts[0].accumulator, device="cpu")
+        return torch.tensor(values, dtype=self.accumulator, device="cpu")
 
 
 class BatchBuffers(threading.local):
@@ -111,7 +116,7 @@ def combine_batch(batch: Batch, start: int, stop: int, buffers: BatchBuffers) ->
 
 def _read(batch: Batch, start: int, stop: int, buffers: BatchBuffers) -> Tensor | None:
     """The chunk of each checkpoint ``[K, N]``; ``None`` where all hold the same."""
-    x_KN, scratches = buffers.rows(len(batch.terms), batch.parts[0].accumulator, stop - start)
+    x_KN, scratches = buffers.rows(len(batch.terms), batch.accumulator, stop - start)
     for row, scratch, term in zip(x_KN, scratches, batch.terms, strict=True):
         term.tensor.copy(start, row, scratch if term.tensor.spec.dtype == row.dtype else buffers.other)
     heads_equal = bool((x_KN[:, :_HEAD] == x_KN[:1, :_HEAD]).all())

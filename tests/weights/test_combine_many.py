@@ -114,6 +114,14 @@ def test_coefficients_by_name_and_zeros():
     torch.testing.assert_close(found[1]["w"], given_models[1]["w"], rtol=1e-6, atol=0)
 
 
+def test_the_widest_checkpoint_says_how_precisely_all_are_added():
+    near = torch.linspace(1.0, 2.0, 50, dtype=torch.float64)
+    files = [{"w": torch.ones(50)}, {"w": near + 1e-6 * near}, {"w": near}]
+    first, second = combine_many(files, [(1, 0, 0), (1, 1e4, -1e4)])  # the first of them leaves the wider ones out
+    assert torch.equal(first["w"], torch.ones(50))
+    torch.testing.assert_close(second["w"].double(), 1 + 0.01 * near, rtol=0, atol=1e-7)
+
+
 def test_tied_tensors_are_one():
     given_models = [{"a": value, "b": value} for value in (torch.ones(3), torch.full((3,), 3.0))]
     found = combine_many(given_models, [[0.5, 0.5], [2, -1]])
