@@ -148,7 +148,8 @@ class Candidates:
             combine_many(self._sources, rows, self._formed[: len(rows)])
         else:
             self._formed = []  # let go before there are new ones
-            self._formed = [_in_memory(tensors) for tensors in combine_many(self._sources, rows)]
+            # In the types of the evaluator's, so that it does not matter to a score how candidates are formed.
+            self._formed = [_in_memory(tensors) for tensors in combine_many(self._sources, rows, like=self._target)]
 
     def _form(self, alpha_RK: Tensor, best_RK: Tensor | None) -> None:
         """Into the evaluator's tensors."""
@@ -158,9 +159,8 @@ class Candidates:
             return
         if self._base_alpha_RK is None or not torch.equal(self._base_alpha_RK, best_RK):
             if self._base is None:
-                self._base = _in_memory(combine(self._sources, self._rows(best_RK)))
-            else:
-                combine(self._sources, self._rows(best_RK), self._base)
+                self._base = _in_memory(_wide(combine(self._sources, self._rows(best_RK))))
+            combine(self._sources, self._rows(best_RK), self._base)
             self._base_alpha_RK = best_RK
         change_RC = (alpha_RK - best_RK)[:, changed]
         rows = torch.cat([torch.ones(len(alpha_RK), 1, dtype=torch.float64), change_RC], 1)
@@ -177,6 +177,14 @@ class Candidates:
         # Until there are new ones they are the first checkpoint's.
         alone = dict.fromkeys(self.statistics, (1.0,) + (0.0,) * (alpha_RK.shape[1] - 1))
         return {**(found if isinstance(found, dict) else {"*": found}), **alone}
+
+
+def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In 32 bits where they have fewer, since what is formed from them is rounded once more; tied ones stay so."""
+    once = {id(value): value for value in tensors.values()}
+    narrow = {key for key, value in once.items() if value.is_floating_point() and value.dtype.itemsize < 4}
+    wide = {key: value.float() if key in narrow else value for key, value in once.items()}
+    return {name: wide[id(value)] for name, value in tensors.items()}
 
 
 def _in_memory(tensors: Mapping[str, Tensor]) -> WeightsFile:

@@ -28,6 +28,7 @@ from lightning_soup.weights.file_output import Layout, write_parts
 from lightning_soup.weights.in_place import (
     as_matrix,
     batch_writer,
+    check_apart,
     combine_in_place,
     new_tensors,
     open_target,
@@ -116,6 +117,7 @@ def combine_many(
     coefficients: Sequence[Coefficients],
     out: Sequence[Mapping[str, Tensor]] | None = None,
     *,
+    like: Source | WeightsFile | None = None,
     accumulate: Literal["float32", "float64"] = "float32",
     threads: int | None = None,
     progress: Progress = silent,
@@ -128,8 +130,10 @@ def combine_many(
     Args:
         checkpoints: K checkpoints; as in :func:`combine`.
         coefficients: B times what :func:`combine` takes.
-        out: B mappings to write into, such as the result of an earlier call; none of their tensors may be one of the
-            checkpoints'. New ones by default: so many models are held in memory.
+        out: B mappings to write into, such as the result of an earlier call, of the same types. They share no memory
+            with one another or with the checkpoints, and have the checkpoints' ties. New ones by default: so many
+            models are held in memory.
+        like: Of which types new results are; those of the first checkpoint by default.
         accumulate: As in :func:`combine`.
         threads: As in :func:`combine`.
         progress: As in :func:`combine`.
@@ -138,8 +142,8 @@ def combine_many(
         The B combinations.
 
     Raises:
-        LightningSoupError: As in :func:`combine`; also where ``out`` has another number or other types than the
-            results.
+        LightningSoupError: As in :func:`combine`; also where ``out`` is of another number, of different types, or
+            where its tensors share memory.
 
     Example:
         >>> a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -2.0])}
@@ -149,22 +153,26 @@ def combine_many(
     if not coefficients:
         return []
     opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
-    plans = [plan_combination(opened, row, accumulate)[1] for row in coefficients]
+    if out is not None and len(out) != len(coefficients):
+        raise RecipeError(f"combine_many: {len(coefficients)} combinations, but {len(out)} mappings to write into.")
+    targets = [] if out is None else [open_target(target) for target in out]
+    given = targets or [None if like is None else open_checkpoint(like)] * len(coefficients)
+    plans = [
+        plan_combination(opened, row, accumulate, target)[1] for row, target in zip(coefficients, given, strict=True)
+    ]
     batches = [Batch(parts) for parts in zip(*plans, strict=True)]
     if out is None:
         out = _new_rows(batches, len(plans), list(opened[0]))
-    elif len(out) != len(plans):
-        raise RecipeError(f"combine_many: {len(plans)} combinations, but {len(out)} mappings to write them into.")
+        places = [[row[batch.parts[0].names[0]] for row in out] for batch in batches]
     else:
-        for target in out:
-            check_compatible([opened[0], open_target(target)])
-    places = [[target[batch.parts[0].names[0]] for target in out] for batch in batches]
+        check_apart(batches, targets)
+        places = [[target[batch.parts[0].names[0]] for target in targets] for batch in batches]
     work = [
         (replace(batch, place=as_matrix(tensors)), batch_writer(tensors))
         for batch, tensors in zip(batches, places, strict=True)
     ]
     stream(work, torch.get_num_threads() if threads is None else threads, progress)
-    return [dict(given) for given in out]
+    return [dict(row) for row in out]
 
 
 def _new_rows(batches: Sequence[Batch], count: int, names: Sequence[str]) -> list[dict[str, Tensor]]:

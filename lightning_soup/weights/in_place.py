@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_soup.errors import IncompatibleIngredients, UnsupportedSetup
+from lightning_soup.errors import IncompatibleIngredients, RecipeError, UnsupportedSetup
 from lightning_soup.progress import Progress, silent
+from lightning_soup.weights.batches import Batch
 from lightning_soup.weights.chunks import Part
 from lightning_soup.weights.stored_tensor import MemoryTensor, scatter
 from lightning_soup.weights.streaming import BatchWriter, Writer, stream
@@ -95,6 +96,40 @@ def batch_writer(targets: Sequence[Tensor]) -> BatchWriter:
             writer(start, row)
 
     return write
+
+
+def check_apart(batches: Sequence[Batch], targets: Sequence[WeightsFile]) -> None:
+    """Refuse mappings for several combinations in which one tensor would be written over by another, or not at all.
+
+    Raises:
+        RecipeError: They differ in type, tie other tensors than the checkpoints, or share memory.
+    """
+    spans = []
+    for batch in batches:
+        name, *tied = batch.parts[0].names
+        if len({part.spec for part in batch.parts}) > 1:
+            raise RecipeError(f"combine_many: {name!r} is of different types in the mappings. Make them alike.")
+        for target in targets:
+            written = target.tensors[name]
+            apart = [other for other in tied if target.tensors[other].identity != written.identity]
+            if apart:
+                raise RecipeError(
+                    f"combine_many: {name!r} and {apart[0]!r} are one tensor in the checkpoints, but two in a mapping. "
+                    "Give mappings that tie them too, such as the result of an earlier call."
+                )
+            spans.append(_Span(*_memory_span(written.tensor()), 0, name, True))
+        read = [term.tensor.value for term in batch.terms if isinstance(term.tensor, MemoryTensor)]
+        spans += [_Span(*_memory_span(value), 0, name, False) for value in read]
+    end, written_to, device = 0, 0, ""
+    for span in sorted((span for span in spans if span.end > span.begin), key=lambda span: span[:3]):
+        if span.device != device:
+            end, written_to, device = 0, 0, span.device
+        if span.begin < (end if span.writes else written_to):
+            raise RecipeError(
+                f"combine_many: {span.identity!r} shares its memory with another tensor of the mappings or of the "
+                "checkpoints, which would be written over. Give mappings of tensors that are apart."
+            )
+        end, written_to = max(end, span.end), max(written_to, span.end if span.writes else 0)
 
 
 def _one_name_each(parts: Sequence[Part], target: WeightsFile) -> list[tuple[Part, str]]:

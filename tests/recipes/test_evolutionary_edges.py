@@ -94,6 +94,25 @@ def test_the_type_of_frozen_tensors_amplifies_nothing(recwarn):
     assert any("bfloat16" in n for n in soup_of(EvolutionarySoup(budget=200), files=coarse()).notes)
 
 
+class Wide(Distance):
+    """Has its weights in 32 bits, whatever the files are in."""
+
+    def slot(self):
+        return {"w": torch.zeros(8)}
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 0.0}, {"memory": 0.0, "local": 1.0}])
+def test_candidates_of_coarse_files_are_rounded_to_the_evaluators_own_type(options):
+    draw = torch.Generator().manual_seed(0)
+    files = checkpoints(*torch.randn(8, 8, generator=draw).tolist(), dtype=torch.bfloat16)
+    evaluator = Wide([0.3] * 8)
+    with pytest.warns(UserWarning, match="amplifies"):
+        soup = EvolutionarySoup(budget=60, **options).cook(files, evaluator)
+    for seen, trial in zip(evaluator.seen, soup.history, strict=True):
+        exact = sum(trial.values[f"α{k}"] * item.weights["w"].double() for k, item in enumerate(files, 1))
+        torch.testing.assert_close(seen.double(), exact, rtol=0, atol=2e-6)
+
+
 def coarse():
     return checkpoints(*POINTS, dtype=torch.bfloat16)
 

@@ -163,6 +163,33 @@ def test_what_does_not_fit():
     assert combine_many(given_models, []) == []
 
 
+def tensors(tied):
+    first = torch.zeros(3)
+    return {"a": first, "b": first if tied else torch.zeros(3)}
+
+
+def test_mappings_in_which_tensors_would_be_lost():
+    tied = [tensors(True), tensors(True)]
+    with pytest.raises(RecipeError, match="'a' and 'b' are one tensor in the checkpoints, but two in a mapping"):
+        combine_many(tied, rows(2, 2), [tensors(True), tensors(False)])
+    apart = [tensors(False), tensors(False)]
+    for out in ([tensors(False), tensors(True)], [apart[0], tensors(False)], [tensors(False)] * 2):
+        with pytest.raises(RecipeError, match="shares its memory with another tensor"):
+            combine_many(apart, rows(2, 2), out)
+    wide = {name: value.double() for name, value in tensors(False).items()}
+    with pytest.raises(RecipeError, match="'a' is of different types in the mappings"):
+        combine_many(apart, rows(2, 2), [tensors(False), wide])
+
+
+def test_types_of_the_results():
+    files = [{"w": torch.tensor([1.0, 1.0]).bfloat16()}, {"w": torch.tensor([1.0, 1.0078125]).bfloat16()}]
+    like = {"w": torch.zeros(2)}
+    found = combine_many(files, [(0.75, 0.25), (0.5, 0.5)], like=like)
+    assert [row["w"].tolist() for row in found] == [[1.0, 1.001953125], [1.0, 1.00390625]]
+    again = combine_many(files, [(0.5, 0.5), (0.75, 0.25)], found)
+    assert [row["w"].tolist() for row in again] == [[1.0, 1.00390625], [1.0, 1.001953125]]
+
+
 # ------------------------------------------------------------------------------------------------------- differing
 
 
