@@ -175,7 +175,10 @@ class ModelSoup(Callback):
             check_training_ends(trainer, pl_module)
         metric, mode = self._metric(trainer)
         if metric is not None and trainer.enable_validation:
-            self._chooser.check(FitEvaluator(trainer, pl_module, metric, mode))
+            evaluator, new = FitEvaluator(trainer, pl_module, metric, mode), trainer.ckpt_path is None
+            on_rank_zero(
+                trainer, lambda: self._chooser.check(evaluator, new), "ModelSoup: its recipe cannot be checked"
+            )
         if trainer.ckpt_path is None:
             self._epochs, self._start = [], None
             kept = checkpoint_callback(trainer)

@@ -22,6 +22,7 @@ from lightning_soup.recipes.recipe import Recipe, Soup, require_evaluator
 from lightning_soup.recipes.search import CovarianceAdaptation, Evolution, Search, ema_coefficients
 from lightning_soup.recipes.search_record import SearchRecord
 from lightning_soup.recipes.tried import Tried, told_amplification
+from lightning_soup.weights.atomic import check_writable, user_path
 from lightning_soup.weights.weights_file import Source, WeightsFile
 
 # Shape suffixes: R rows of coefficients (1, or one per block of the network), K checkpoints.
@@ -75,7 +76,7 @@ class EvolutionarySoup(Recipe):
             formed one by one in the evaluator's own.
         seed: Of the search: the same seed gives the same history.
         record: JSON file that is kept up to date with every candidate; a search that finds its own goes on from it,
-            also with a larger budget, and evaluates nothing again.
+            also with a larger budget, and evaluates nothing again. For ``ModelSoup``, a new one for each fit.
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
 
     Raises:
@@ -134,8 +135,16 @@ class EvolutionarySoup(Recipe):
             if not held:
                 raise RecipeError(f"EvolutionarySoup({name}={getattr(self, name)!r}): expected {what}.")
 
-    def check(self, evaluator: Evaluator) -> None:
-        """Refuse an evaluator without the third split that is required; see :meth:`.Recipe.check`."""
+    def check(self, evaluator: Evaluator, new: bool = False) -> None:
+        """Refuse an evaluator without the third split that is required, and a record of other checkpoints."""
+        if new and self.record is not None:
+            path = user_path(self.record)
+            if path.exists():
+                raise RecipeError(
+                    f"EvolutionarySoup(record={self.record!r}): the file is there already, so it is of other "
+                    "checkpoints than those that come. Name another file, or remove it."
+                )
+            check_writable(path)
         if self.third == "require" and "third" not in evaluator.splits():
             raise RecipeError(
                 "EvolutionarySoup(third='require'): there is no third split to choose on. Give the data module one "

@@ -63,11 +63,15 @@ class Recipe(ABC):
         object.__setattr__(free, "_masks_known", self._masks_known or one_mask)
         return free
 
-    def check(self, evaluator: Evaluator) -> None:  # noqa: B027  (most recipes need nothing more)
-        """Refuse an evaluator that lacks what this recipe needs, as far as that is known before there are ingredients.
+    def check(self, evaluator: Evaluator, new: bool = False) -> None:  # noqa: B027  (most recipes need nothing more)
+        """Refuse what could not be cooked, as far as that is known before there are ingredients.
+
+        Args:
+            evaluator: It may lack what this recipe needs.
+            new: Whether the ingredients are made from now on, so that no earlier soup can have been of them.
 
         Raises:
-            RecipeError: It does.
+            RecipeError: It is so.
         """
 
     @abstractmethod

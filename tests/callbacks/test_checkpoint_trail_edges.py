@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_soup.callbacks import CheckpointTrail, ModelSoup
-from lightning_soup.errors import RecipeError
+from lightning_soup.errors import RecipeError, UnwritableOutput
 from lightning_soup.recipes import EvolutionarySoup
 from lightning_soup.weights import open_checkpoint
 from tests.callbacks.test_checkpoint_trail import fit, kept
@@ -71,6 +71,31 @@ def test_what_a_recipe_lacks_is_said_before_training(tmp_path):
         def training_step(self, batch, batch_idx):
             raise AssertionError("training has begun")
 
-    soup = ModelSoup(EvolutionarySoup(budget=10, third="require"), trail=True, monitor="val_loss")
-    with pytest.raises(RecipeError, match="there is no third split to choose on"):
-        fit(tmp_path, CheckpointTrail(every=3, keep=6), NeverTrained(), callbacks=[soup])
+    def refused(message, error=RecipeError, **options):
+        soup = ModelSoup(EvolutionarySoup(budget=10, **options), trail=True, monitor="val_loss")
+        with pytest.raises(error, match=message):
+            fit(tmp_path, CheckpointTrail(every=3, keep=6), NeverTrained(), callbacks=[soup])
+
+    refused("there is no third split to choose on", third="require")
+    (tmp_path / "search.json").touch()
+    refused("search.json'.: the file is there already", record=str(tmp_path / "search.json"))
+    refused("cannot be written", UnwritableOutput, record=str(tmp_path / "search.json" / "below.json"))
+    assert not list((tmp_path / "trail").glob("*"))
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_resumed_fit_goes_on_with_its_search(tmp_path):
+    record = tmp_path / "search.json"
+
+    def run(**options):
+        trail = CheckpointTrail(every=3, keep=6)
+        soup = ModelSoup(EvolutionarySoup(budget=10, record=str(record)), trail=True, monitor="val_loss")
+        trainer, _, _ = fit(tmp_path, trail, callbacks=[soup], **options)
+        return trainer, soup.soup
+
+    trainer, first = run()
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    written = record.stat().st_mtime_ns
+    _, again = run(ckpt_path=str(tmp_path / "end.ckpt"))
+    assert again.history == first.history
+    assert record.stat().st_mtime_ns == written
