@@ -71,7 +71,9 @@ class CausalLM(LightningModule):
         self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
         self.model = _opened(model_name) if model_name is not None else _new(model_config)
         # Loggers show where training started (they read the initial hyperparameters); a checkpoint brings its weights.
-        self.hparams.update(model_name=None, model_config=json.loads(self.model.config.to_json_string(use_diff=True)))
+        configs = {"model_config": self.model.config, "generation_config": self.model.generation_config}
+        plain = {name: c and json.loads(c.to_json_string(use_diff=True)) for name, c in configs.items()}
+        self.hparams.update(model_name=None, **plain)
         if lora is not None:
             self.model = add_lora(self.model, lora, task="CAUSAL_LM")
 
@@ -79,6 +81,14 @@ class CausalLM(LightningModule):
         """Say also how an adapter is configured, so that it can be taken out of the file."""
         if self.hparams.lora is not None:
             checkpoint[ADAPTER_KEY] = config_in(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Generate as the model did that was trained: its end tokens, its sampling."""
+        config = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("generation_config")
+        if config is not None:
+            model = self.model if self.hparams.lora is None else self.model.get_base_model()
+            model.generation_config = type(model.generation_config).from_dict(config)
+            self.hparams.update(generation_config=config)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine, stepped with the optimizer."""

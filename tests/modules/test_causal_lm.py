@@ -104,6 +104,21 @@ def test_a_checkpoint_needs_nothing_but_its_file(folder, tmp_path, lora):
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected)
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(r=2, targets=["q_proj", "v_proj"])])
+def test_a_checkpoint_generates_as_its_model_did(folder, tmp_path, lora):
+    module = CausalLM(str(folder / "model"))
+    module.model.generation_config.update(eos_token_id=[2, 5], max_new_tokens=7)
+    module.model.save_pretrained(tmp_path / "model")
+    fit(CausalLM(str(tmp_path / "model"), lora=lora), folder, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="hold the same weights"):
+        UniformSoup().cook([tmp_path / "a.ckpt"] * 2).save(tmp_path / "soup.ckpt")
+    for name in ("a.ckpt", "soup.ckpt"):
+        again = CausalLM.load_from_checkpoint(tmp_path / name)
+        found = again.model.generation_config
+        assert (found.eos_token_id, found.max_new_tokens) == ([2, 5], 7)
+        assert again.model.generate(torch.ones(1, 1, dtype=torch.long)).shape[1] <= 8
+
+
 def test_a_new_model_and_its_soup(folder, tmp_path):
     files = []
     for seed in range(2):
