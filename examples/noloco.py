@@ -323,8 +323,9 @@ def main() -> None:
             "The spread is √(mean of (mean − θ)²) over replicas and weights, right after an outer step.",
             table(losses, traces),
             verdicts(claims(losses, traces)),
-            f"On {REAL} real processes (gloo), with the callback: NLL of the mean {spread([one[1] for one in real], 4)};"
-            f" {real[0][2]:.2f} MB sent by a rank in {ROUNDS} messages. Largest difference to the same {REAL} replicas "
+            f"On {REAL} real processes (gloo), with the callback: NLL of their mean "
+            f"{spread([one[1] for one in real], 4)}; {real[0][2]:.2f} MB sent by a rank in {ROUNDS} messages. Largest "
+            f"difference to the same {REAL} replicas "
             f"in one process: {apart:g}.",
             f"What a worker sends, for this network among {WORLD}:",
             communication(),

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_soup.distributed.ranks import Ranks
@@ -12,11 +15,26 @@ from lightning_soup.distributed.replica_ends import saved_tensors
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.runs.settings import set_optimizer_options
 
+_ALIKE = "ReplicaStrategy(common_start=False): all replicas have the same weights"
+_INSTEAD = (
+    "Build the layers in the module's configure_model, which is called with random numbers of each rank's own, or let "
+    "save_hyperparameters() keep all arguments; or leave the option out."
+)
+
 __all__ = ["begin", "leave_signals_local", "override_options"]
 
 
-def begin(module: LightningModule, ranks: Ranks, common_start: bool) -> None:
-    """Begin with one model on all ranks, or look whether there are several.
+def begin(module: LightningModule, ranks: Ranks, common_start: bool, seed: int) -> None:
+    """Begin with one model on all ranks, or with one for each.
+
+    Where those that ought to differ are alike, each rank makes the module once more, from its hyperparameters and with
+    random numbers of its own, and takes the weights.
+
+    Args:
+        module: The module, on its device.
+        ranks: All ranks.
+        common_start: Whether all begin with rank 0's weights.
+        seed: This rank's.
 
     Raises:
         UnsupportedSetup: Replicas have other parameters than rank 0; or are alike, where they should not be.
@@ -27,12 +45,33 @@ def begin(module: LightningModule, ranks: Ranks, common_start: bool) -> None:
         for tensor in tensors.values():
             tensor.copy_(ranks.send_from(0, tensor))
         return
+    if _are_alike(tensors, ranks):
+        ranks.agree(lambda: _make_anew(module, tensors, seed))
+    if _are_alike(tensors, ranks):
+        raise UnsupportedSetup(f"{_ALIKE}, also when made anew: do they come from a file? {_INSTEAD}")
+
+
+def _are_alike(tensors: Mapping[str, Tensor], ranks: Ranks) -> bool:
     sums = ranks.gather([float(tensor.double().sum()) for tensor in tensors.values() if tensor.is_floating_point()])
-    if len(sums) > 1 and all(other == sums[0] for other in sums):
+    return len(sums) > 1 and all(other == sums[0] for other in sums)
+
+
+@torch.no_grad()
+def _make_anew(module: LightningModule, tensors: Mapping[str, Tensor], seed: int) -> None:
+    given = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    try:
+        with isolate_rng():
+            torch.manual_seed(seed)
+            made = saved_tensors(type(module)(**given))
+    except Exception as error:
         raise UnsupportedSetup(
-            "ReplicaStrategy(common_start=False): all replicas have the same weights. Build the layers in the module's "
-            "configure_model, which is called with random numbers of each rank's own, or leave it out."
-        )
+            f"{_ALIKE}, and {type(module).__name__} cannot be made anew from its hyperparameters "
+            f"({type(error).__name__}: {error}). {_INSTEAD}"
+        ) from error
+    if made.keys() != tensors.keys():
+        raise UnsupportedSetup(f"{_ALIKE}, and made anew it has other parameters. {_INSTEAD}")
+    for name, tensor in tensors.items():
+        tensor.copy_(made[name])
 
 
 def _check_shapes(shapes: Mapping[str, list[int]], ranks: Ranks) -> None:

@@ -56,8 +56,9 @@ class ReplicaStrategy(DDPStrategy):
             it, in an order of its own.
         eval_data: Likewise for validation and test data: ``"shard"`` judges each sample once, by one of the replicas.
         seed: Random numbers of rank r begin with ``seed + r``; None: that of ``seed_everything``, or 0.
-        common_start: All begin with rank 0's weights. False: each with those it has made, in ``configure_model`` (which
-            is called with the rank's own random numbers) or in a process of its own.
+        common_start: All begin with rank 0's weights. False: each with its own: those made in ``configure_model``,
+            which is called with the rank's own random numbers, or those of the module made anew from its
+            hyperparameters.
         overrides: Hyperparameters of the module, or options of its optimizer, that differ: for each a list with a value
             per rank.
         final: What the module holds when ``fit`` ends: the ``"mean"`` of the replicas, the ``"best"`` by ``monitor``,
@@ -188,7 +189,7 @@ class ReplicaStrategy(DDPStrategy):
             override_options(self.lightning_module, self.optimizers, left)
             self._resumed = bool(trainer._checkpoint_connector._loaded_checkpoint)
             if not self._resumed:
-                begin(self.lightning_module, self.ranks, self.common_start)
+                begin(self.lightning_module, self.ranks, self.common_start, self.base_seed + self.global_rank)
             self._seed(0)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:

@@ -146,11 +146,33 @@ def _start(common_start: bool, make: type[LightningModule]) -> Tensor:
     return look.weight
 
 
-def test_replicas_may_begin_apart() -> None:
-    first, second = run_on_ranks(2, _start, False, Late)
+@pytest.mark.parametrize("make", [Late, TinyClassifier])
+def test_replicas_may_begin_apart(make: type[LightningModule]) -> None:
+    first, second = run_on_ranks(2, _start, False, make)
     assert not torch.equal(first, second)
-    first, second = run_on_ranks(2, _start, True, Late)
+    first, second = run_on_ranks(2, _start, True, make)
     assert torch.equal(first, second)
+
+
+class Fixed(TinyClassifier):
+    """Has the same weights whenever it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net[0].reset_parameters()
+        self.net[3].reset_parameters()
+
+
+class Unkept(TinyClassifier):
+    """Does not say what it was made with."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._hparams.clear()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
@@ -307,13 +329,14 @@ def test_unequal_numbers_of_batches_are_refused() -> None:
         ({"sync_batchnorm": True}, {}, "sync_batchnorm"),
         ({}, {"overrides": {"lr": [0.1]}}, "1 values for 2 replicas"),
         ({}, {"overrides": {"size": [1, 2]}}, "no hyperparameter 'size'"),
-        ({}, {"common_start": False}, "all replicas have the same weights"),
+        ({"make": lambda: Fixed()}, {"common_start": False}, "same weights, also when made anew"),
+        ({"make": lambda: Unkept(16)}, {"common_start": False}, "cannot be made anew"),
         ({"callbacks": [ModelSoup()]}, {}, "ModelSoup does not work with ReplicaStrategy"),
     ],
 )
 def test_what_replicas_cannot_have_is_refused(options: dict, strategy: dict, message: str) -> None:
     found = run_on_ranks(2, lambda: _raised(lambda: fit_replicas(2, strategy=strategy, **options)))
-    assert all(message in one for one in found)
+    assert all(message in one for one in found), found
 
 
 @pytest.mark.parametrize(
