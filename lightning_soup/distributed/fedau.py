@@ -67,11 +67,11 @@ class ParticipationWeights:
 
     Args:
         population: N, where names are learned as clients come (one that never came counts as absent from the first
-            round); or the names of all clients.
+            round); or the names of all clients, which may be none yet where they :meth:`join`.
         cutoff: K, a gap is closed after so many rounds at the latest; ``None``: never (∞).
 
     Raises:
-        UnsupportedSetup: No clients, one of them twice, or a cutoff below 1.
+        UnsupportedSetup: N is no positive integer, a client is there twice, or the cutoff is below 1.
 
     Source: Wang, Ji, A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging, ICLR
     2024 (arXiv 2306.03401), Algorithm 2.
@@ -88,8 +88,6 @@ class ParticipationWeights:
         named = isinstance(population, Iterable)
         self._clients = {name: _Gaps() for name in client_names(population, "population")} if named else {}
         self._unnamed = 0 if named else whole_number(population, "population", 1)
-        if not self.population:
-            raise UnsupportedSetup("population: there are no clients. Name at least one, or give their number.")
         self._unseen = _Gaps()  # what is true of every client that has not come yet, whatever its name
         self.cutoff = None if cutoff is None else whole_number(cutoff, "cutoff", 1)
         self.rounds = 0
@@ -157,22 +155,20 @@ class ParticipationWeights:
         """Let a client leave for good: N shrinks by one, as what never comes again would shrink every update.
 
         Raises:
-            UnsupportedSetup: It does not belong to the population, or is the last.
+            UnsupportedSetup: It does not belong to the population.
         """
         name = client_name(client)
         self._of(name)
-        if self.population == 1:
-            raise UnsupportedSetup(f"client {name!r} is the last of the population and cannot leave.")
         if self._clients.pop(name, None) is None:
             self._unnamed -= 1
 
     def summary(self) -> ParticipationSummary:
         """Mean, least and largest weight of all N clients, and how many weights are of fewer than 10 gaps."""
         every = [*self._clients.values(), *([self._unseen] * self._unnamed)]
-        values = [gaps.w for gaps in every]
+        values = [gaps.w for gaps in every] or [1.0]
         few = sum(gaps.M < FEW_GAPS for gaps in every)
         return ParticipationSummary(
-            math.fsum(values) / len(values), min(values), max(values), few, len(values), self.rounds
+            math.fsum(values) / len(values), min(values), max(values), few, len(every), self.rounds
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class FederatedAverage(ABC):
         """One round: check the replies, add them up, then learn who took part.
 
         A reply with NaN, missing or unknown tensors or other shapes is left out, with a warning that names client and
-        tensor, and its client counts as absent. With no valid reply, the round still counts.
+        tensor, and its client counts as absent. With no valid reply, the round still counts. The order in which replies
+        come makes no difference, to the last bit.
 
         Args:
             weights: x_t.
@@ -108,10 +109,11 @@ class FederatedAverage(ABC):
         x = open_checkpoint(weights)
         valid: dict[Client, WeightsFile] = {}
         refused: dict[Client, str] = {}
-        for client, reply in replies.items():
-            name = client_name(client)
+        named = {client_name(client): reply for client, reply in replies.items()}
+        # In an order of their own: sums round by their order, and replies arrive in any.
+        for name in sorted(named, key=lambda name: (isinstance(name, str), name)):
             try:
-                valid[name] = checked_reply(name, reply, x)
+                valid[name] = checked_reply(name, named[name], x)
             except (IncompatibleIngredients, NonFiniteWeights, UnreadableCheckpoint) as error:
                 refused[name] = str(error)
                 warnings.warn(f"{error} It counts as absent in this round.", stacklevel=2)

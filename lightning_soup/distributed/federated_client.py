@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_soup.distributed.participation_clients import Client, whole_number
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.own_loops import quiet
 
-__all__ = ["LocalTraining", "check_trainer_options", "train_locally"]
+__all__ = ["LocalTraining", "check_trainer_options", "evaluate_locally", "train_locally"]
 
 _QUIET = {
     "accelerator": "cpu",
@@ -112,6 +113,38 @@ def train_locally(
     found = {name: value.detach().cpu() for name, value in module.state_dict().items()}
     metrics = {name: float(value) for name, value in local.callback_metrics.items()}
     return LocalTraining(found, metrics, _examples(local.train_dataloader))
+
+
+def evaluate_locally(
+    module: LightningModule, data: Any, weights: Mapping[str, Tensor], *, trainer: Mapping[str, Any] | None = None
+) -> LocalTraining:
+    """Validate the global weights on a client's data.
+
+    Args:
+        module: The module; it gets the weights.
+        data: A LightningDataModule, or what ``Trainer.validate`` takes.
+        weights: x.
+        trainer: Options of the Trainer; see :func:`check_trainer_options`.
+
+    Returns:
+        The weights as they were, what validation logged, and the number of examples; nothing is logged where a data
+        module has no validation data.
+    """
+    options = {**check_trainer_options(trainer), "limit_val_batches": 1.0}
+    module.load_state_dict(dict(weights))
+    if isinstance(data, LightningDataModule) and not is_overridden("val_dataloader", data):
+        return LocalTraining(dict(weights), {}, 0)
+    with quiet():
+        local = Trainer(**options)
+        if isinstance(data, LightningDataModule):
+            local.validate(module, datamodule=data, verbose=False)
+        else:
+            local.validate(module, data, verbose=False)
+    metrics = {name: float(value) for name, value in local.callback_metrics.items()}
+    loaders = local.val_dataloaders
+    return LocalTraining(
+        dict(weights), metrics, sum(map(_examples, loaders if isinstance(loaders, list) else [loaders]))
+    )
 
 
 def _seed(seed: int) -> None:

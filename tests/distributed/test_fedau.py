@@ -122,8 +122,10 @@ def test_one_that_leaves_no_longer_counts():
     assert rule.coefficients(["a"]).updates == {"a": 1.0}
     with pytest.raises(UnsupportedSetup, match="'b' does not belong"):
         rule.participation.weight("b")
-    with pytest.raises(UnsupportedSetup, match="'a' is the last"):
-        rule.participation.leave("a")
+    rule.participation.leave("a")
+    assert rule.population == 0
+    assert rule.coefficients([]).updates == {}
+    assert rule.metrics() == {"weight_mean": 1.0, "weight_min": 1.0, "weight_max": 1.0, "few_gaps": 0.0}
     counted = ParticipationWeights(3)
     counted.observe(["a"])
     counted.leave("one that never came")
@@ -191,7 +193,6 @@ def test_states_of_others_are_refused():
         (0, {}, "population=0: expected an integer, 1 or more"),
         (2.5, {}, "population=2.5: expected an integer"),
         (True, {}, "population=True"),
-        ([], {}, "there are no clients"),
         (["a", "a"], {}, "client 'a' is there more than once"),
         ("abc", {}, "expected a collection of clients"),
         ([1.5], {}, "client 1.5: expected a name"),

@@ -164,6 +164,20 @@ def test_large_weights_lose_nothing(dtype):
     assert found["w"].dtype == dtype
 
 
+@pytest.mark.parametrize("make", [FedAU, MIFA, FedVARP])
+def test_the_order_of_replies_makes_no_difference(make):
+    torch.manual_seed(0)
+    x = {"w": torch.randn(500)}
+    replies = {name: {"w": torch.randn(500)} for name in (3, "b", 1, "a", 2)}
+    first, second = make(5), make(5)
+    for _ in range(3):
+        one = first.step(x, replies)
+        two = second.step(x, dict(reversed(replies.items())))
+        assert torch.equal(one.weights["w"], two.weights["w"])
+        assert one.participants == two.participants == (1, 2, 3, "a", "b")
+    assert first.state_dict() == second.state_dict()
+
+
 def test_what_is_remembered_of_half_precision_is_kept_in_single():
     x = vector(1.0, dtype=torch.float16)
     rule = MIFA(2)
