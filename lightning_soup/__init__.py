@@ -36,7 +36,13 @@ _ROOMS = {
         "TextDataModule",
         "TorchvisionDataModule",
     ),
-    "lightning_soup.distributed": ("ReplicaStrategy", "SimulatedReplicas"),
+    "lightning_soup.distributed": (
+        "FedAU",
+        "FederatedSimulation",
+        "ParticipationWeights",
+        "ReplicaStrategy",
+        "SimulatedReplicas",
+    ),
     "lightning_soup.evaluation": (
         "Evaluator",
         "ModuleEvaluator",
