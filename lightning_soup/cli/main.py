@@ -17,6 +17,7 @@ usage: lightning-soup COMMAND [options]        (lightning-soup COMMAND --help ex
   sweep     train one ingredient per setting of a W&B sweep file, then cook them if asked
   resolution  evaluate a model at several image sizes, choose one on validation data, test there
   continual train a list of tasks in order, and judge all tasks after each (ZSCL)
+  federated simulate federated averaging over clients that come and go (FedAU)
   show      what a checkpoint or soup holds, and how it was cooked
   recook    cook a soup again from its provenance
   demo      the whole way on real data: pre-train, fine-tune eight ingredients, cook, report
@@ -31,6 +32,7 @@ _COMMANDS = {
     "recook": "lightning_soup.cli.files",
     "sweep": "lightning_soup.cli.sweep",
     "continual": "lightning_soup.cli.continual",
+    "federated": "lightning_soup.cli.federated",
     "demo": "lightning_soup.cli.demo",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
@@ -97,7 +99,8 @@ def _run(arguments: list[str]) -> None:
     if command == "show":
         rest = _switch(rest, "--tensors")
     if command in _COMMANDS:
-        _call(getattr(import_module(_COMMANDS[command]), command), rest, positional=True)
+        positional = command != "federated"  # whose model and data are classes, named in its config
+        _call(getattr(import_module(_COMMANDS[command]), command), rest, positional=positional)
     elif command == "soup" and not any(a.startswith(_NEEDS_LIGHTNING) for a in rest):
         _call(import_module("lightning_soup.cli.files").soup, rest, positional=False)
     elif command in ("soup", "resolution") or command in _LIGHTNING:

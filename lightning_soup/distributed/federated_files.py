@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,9 @@ def write_state(
     }
     size = sum(value.nbytes for value in tensors.values())
     with atomic_path(path, size=size) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # save_file makes a file that nobody else may read
         save_file(_apart(tensors), temporary, metadata={_KEY: json.dumps(about)})
+        temporary.chmod(mode)
     return path
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "sms_digits.yaml": ["fit"],
     "sms_vit.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "weight_ensemble.yaml": ["fit"],
+    "fedau.yaml": ["federated"],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }
 

@@ -25,9 +25,9 @@ from lightning_soup.distributed import (
     KnownParticipation,
     Markov,
 )
-from lightning_soup.distributed.federated_client import train_locally
+from lightning_soup.distributed.federated_client import evaluate_locally, train_locally
 from lightning_soup.errors import UnreadableCheckpoint, UnsupportedSetup, UnwritableOutput
-from tests.helpers.boring import TinyClassifier
+from tests.helpers.boring import TinyClassifier, TinyData
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*clients have fewer than 10 closed gaps")
 
@@ -151,6 +151,17 @@ def test_random_numbers_outside_are_left_alone():
     simulation.run(2)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     assert os.environ.get("PL_GLOBAL_SEED") == before
+
+
+def test_global_weights_are_validated_where_there_is_data():
+    module, weights = TinyClassifier(), TinyClassifier(lr=0.1).state_dict()
+    assert evaluate_locally(module, Data(0), weights).metrics == {}
+    found = evaluate_locally(module, TinyData(), weights)
+    assert set(found.metrics) == {"val_acc", "val_loss"}
+    assert found.examples == 60
+    assert same(found.weights, weights)
+    assert same(module.state_dict(), weights)
+    assert evaluate_locally(module, TinyData().val_dataloader(), weights).metrics == found.metrics
 
 
 def test_rounds_are_logged(tmp_path):
@@ -288,6 +299,8 @@ def test_the_file_is_plain(tmp_path):
         dict(sorted(simulation.weights.items())),
     )
     json.dumps(simulation.rule.state_dict())
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "federated.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 # -------------------------------------------------------------------------------------------------- clients that fail

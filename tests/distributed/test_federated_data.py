@@ -1,0 +1,75 @@
+"""One training set in the parts of clients: sizes, labels, hooks, and bad input."""
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_soup.data import HandwritingDataModule
+from lightning_soup.distributed import AverageAll, Bernoulli, FederatedSimulation
+from lightning_soup.distributed.federated_data import client_parts, split_by_labels
+from lightning_soup.errors import UnsupportedSetup
+from tests.helpers.boring import TinyClassifier, TinyData
+
+
+def test_every_example_goes_to_one_client():
+    labels = np.arange(103) % 10
+    mixes = np.random.default_rng(0).dirichlet([0.1] * 10, size=8)
+    found = split_by_labels(labels, mixes, seed=1)
+    assert sorted(index for part in found for index in part) == list(range(103))
+    assert {len(part) for part in found} == {12, 13}
+    assert split_by_labels(labels, mixes, seed=1) == found
+    assert split_by_labels(labels, mixes, seed=2) != found
+
+
+def test_clients_have_the_labels_of_their_mix():
+    labels = np.arange(4000) % 4
+    mixes = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]], dtype=float)
+    found = split_by_labels(labels, mixes)
+    shares = np.array([np.bincount(labels[part], minlength=4) / len(part) for part in found])
+    assert shares == pytest.approx(mixes, abs=0.05)
+
+
+def test_parts_of_a_data_module_keep_its_batches_and_hooks():
+    class Hooked(TinyData):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            assert self.trainer is not None
+            seen.append(batch[1].clone())
+            return batch[0] * 0, batch[1]
+
+    seen = []
+    data = Hooked(batch_size=4)
+    parts = client_parts(data, np.full((6, 3), 1 / 3))
+    batches = list(parts[0].train_dataloader())
+    assert [len(y) for _, y in batches] == [4] * 4
+    assert {tuple(x.tolist()) for batch, _ in batches for x in batch} <= {tuple(x.tolist()) for x, _ in data.train}
+    module = TinyClassifier()
+    FederatedSimulation(module, parts, AverageAll(6), Bernoulli([1.0] * 6), local_steps=3).run(1)
+    assert len(seen) == 18
+
+
+def test_small_parts_are_batches_of_their_size():
+    parts = client_parts(TinyData(batch_size=16), np.full((24, 3), 1 / 3))
+    assert [len(y) for _, y in parts[0].train_dataloader()] == [4]
+
+
+def test_real_digits():
+    data = HandwritingDataModule(train_size=100, val_size=0)
+    mixes = np.eye(10)
+    for label, part in enumerate(client_parts(data, mixes)):
+        targets = torch.cat([y for _, y in part.train_dataloader()])
+        assert targets.tolist() == [label] * 10
+
+
+def test_data_that_cannot_be_split():
+    class Unlabelled(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.rand(10, 3)))
+
+    with pytest.raises(UnsupportedSetup, match=r"no pairs \(input, label\)"):
+        client_parts(Unlabelled(), np.full((2, 3), 1 / 3))
+    with pytest.raises(UnsupportedSetup, match="3 training examples for 4 clients"):
+        split_by_labels([0, 1, 2], np.full((4, 3), 1 / 3))
+    with pytest.raises(UnsupportedSetup, match=r"labels from 1 to 3, .* 3 classes"):
+        split_by_labels([1, 2, 3], np.full((2, 3), 1 / 3))
