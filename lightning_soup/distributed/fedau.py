@@ -74,7 +74,7 @@ class ParticipationWeights:
         UnsupportedSetup: N is no positive integer, a client is there twice, or the cutoff is below 1.
 
     Source: Wang, Ji, A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging, ICLR
-    2024 (arXiv 2306.03401), Algorithm 2.
+    2024 (arXiv 2306.03401), the estimate of aggregation weights.
 
     Example:
         >>> estimate = ParticipationWeights(["a", "b"])
@@ -236,7 +236,7 @@ class FedAU(FederatedAverage):
 
     Args:
         population: N, or the names of all clients; see :class:`ParticipationWeights`.
-        cutoff: K; ``None``: ∞. About 50 in the paper, which trades some bias for less variance.
+        cutoff: K; ``None``: ∞. The authors also take 50, which trades some bias for less variance.
         lr: η.
 
     Attributes:
@@ -245,7 +245,7 @@ class FedAU(FederatedAverage):
     Raises:
         UnsupportedSetup: An option is out of range.
 
-    Source: Wang, Ji, ICLR 2024 (arXiv 2306.03401), Algorithms 1 and 2.
+    Source: Wang, Ji, ICLR 2024 (arXiv 2306.03401), the server's loop.
     """
 
     def __init__(self, population: int | Iterable[Client], cutoff: int | None = None, lr: float = 1.0) -> None:

@@ -46,7 +46,7 @@ class AverageAll(_OfNumber):
 
     Args:
         population: N.
-        lr: η; ten times the usual in the paper.
+        lr: η; FedAU's authors take 10.
     """
 
     def coefficients(self, participants: Sequence[Client]) -> Coefficients:

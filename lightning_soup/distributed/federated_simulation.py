@@ -109,7 +109,7 @@ class FederatedSimulation:
 
         Args:
             rounds: Of the whole run, those before it was ended included.
-            on_round: Called after each round, to evaluate ``weights`` for example.
+            on_round: Called after each round: to evaluate ``weights``, or to change the learning rate in ``module``.
             progress: Shows how far it is.
 
         Returns:

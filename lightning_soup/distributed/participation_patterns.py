@@ -53,7 +53,8 @@ class ParticipationPattern(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share, in plain values."""
-        return {"pattern": type(self).__name__, "rates": self.rates.tolist(), "seed": self.seed}
+        rates = self.rates.tolist()
+        return {"pattern": type(self).__name__, "pattern_rates": rates, "pattern_seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, in plain values."""
@@ -201,7 +202,8 @@ def dirichlet_participation(
     Raises:
         UnsupportedSetup: An option is out of range.
 
-    Source: Wang, Ji, ICLR 2024 (arXiv 2306.03401), section 6; clipped at 1 here too, where many classes exceed it.
+    Source: Wang, Ji, ICLR 2024 (arXiv 2306.03401), their experiments; clipped at 1 as well, which many
+    classes exceed.
     """
     N, C = whole_number(clients, "clients", 1), whole_number(classes, "classes", 2)
     for name, value, most in (

@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -259,6 +262,29 @@ def test_tied_weights_go_on(tmp_path):
     assert again.weights["x"].item() == again.weights["y"].item() == again.module.y.item() != 0
 
 
+def loop_of_another_process(folder):
+    """What the process that is killed runs."""
+    tiny(folder=folder, save_every=1).run(100_000)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_a_state_to_go_on_from(tmp_path):
+    code = f"from tests.distributed.test_federated_simulation import *; loop_of_another_process({str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+    try:
+        end = time.monotonic() + 120
+        while tiny(folder=tmp_path).round < 4 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    again = tiny(folder=tmp_path)
+    assert again.round >= 4
+    whole = tiny()
+    assert same(again.run(again.round + 2), whole.run(again.round))
+    assert again.history == whole.history
+
+
 def test_folders_of_others_are_refused(tmp_path):
     tiny(folder=tmp_path).run(1)
     before = (tmp_path / "federated.safetensors").read_bytes()
@@ -267,6 +293,7 @@ def test_folders_of_others_are_refused(tmp_path):
         (lambda: tiny(MIFA(4), folder=tmp_path), "rule was 'FedAU', is 'MIFA'"),
         (lambda: tiny(pattern=Bernoulli([0.5] * 4), folder=tmp_path), "pattern was 'Markov', is 'Bernoulli'"),
         (lambda: tiny(seed=1, folder=tmp_path), "local_seed was 0, is 1"),
+        (lambda: tiny(pattern=Markov([0.5] * 4, seed=2, arrival=0.3), folder=tmp_path), "pattern_rates was"),
         (lambda: tiny(clients=5, folder=tmp_path), "clients was"),
     ):
         with pytest.raises(UnsupportedSetup, match=message):
