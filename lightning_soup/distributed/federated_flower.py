@@ -1,5 +1,17 @@
 """Federated averages on Flower: the server's strategy, and a client of any LightningModule and data module.
 
+An app for ``flwr run`` names two objects::
+
+    client = flower_client(lambda context: Network(), lambda context: Data(context.node_config["partition-id"]))
+
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        strategy = FlowerStrategy(FedAU(population=100, cutoff=50), folder="federated", fraction_evaluate=0.0)
+        result = strategy.start(grid, to_arrays(Network().state_dict()), num_rounds=500)
+        save_weights(from_arrays(result.arrays), "weights.safetensors")
+
 Flower is an extra, in an environment of its own, since it pins older versions of shared packages. Importing this file
 needs it.
 """
@@ -182,7 +194,9 @@ def _contents(replies: Iterable[Any]) -> list[tuple[int, Any]]:
     for message in replies:
         node = message.metadata.src_node_id
         if message.has_error():
-            _log.warning("client %s: an error, it counts as absent in this round: %s", node, message.error.reason)
+            told = (message.error.reason or "").strip() or "no reason given"
+            last = told.splitlines()[-1]  # after a traceback
+            _log.warning("client %s: an error, it counts as absent in this round: %s", node, last)
         elif node not in found:
             found[node] = message.content
     return list(found.items())

@@ -202,7 +202,7 @@ def test_a_client_that_fails_counts_as_absent(kind, make):
         if node == 10:
             return reply(message, good, loss=1.0)
         if kind == "error":
-            return Message(Error(0, "out of memory"), reply_to=message)
+            return Message(Error(0, "Traceback:\n  ...\nMemoryError: too large\n"), reply_to=message)
         if kind == "nothing":
             return None
         weights = from_arrays(good)
@@ -245,6 +245,18 @@ def test_a_lightning_client_that_raises_is_told_as_an_error():
     message = Message(RecordDict({"arrays": to_arrays(Centre().state_dict())}), 10, "train")
     with pytest.raises(UnsupportedSetup, match="client 10 took none of 5 local steps"):
         app(message, Context(1, 10, {}, RecordDict(), {}))
+
+
+@needs_flower
+def test_errors_are_logged_in_one_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    for reason in ("Traceback:\n  ...\nMemoryError: too large\n", None, " \n"):
+        start(FlowerStrategy(FedAU(1)), Grid([[10]], lambda m, n, r=reason: Message(Error(0, r), reply_to=m)), 1)
+    told = [one.getMessage() for one in caplog.records if "counts as absent" in one.getMessage()]
+    assert told == [
+        f"client 10: an error, it counts as absent in this round: {what}"
+        for what in ("MemoryError: too large", "no reason given", "no reason given")
+    ]
 
 
 @needs_flower
