@@ -196,7 +196,7 @@ def _contents(replies: Iterable[Any]) -> list[tuple[int, Any]]:
         if message.has_error():
             told = (message.error.reason or "").strip() or "no reason given"
             last = told.splitlines()[-1]  # after a traceback
-            _log.warning("client %s: an error, it counts as absent in this round: %s", node, last)
+            _log.warning("client %s replied with an error and is left out of this round: %s", node, last)
         elif node not in found:
             found[node] = message.content
     return list(found.items())
