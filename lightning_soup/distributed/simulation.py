@@ -1,13 +1,14 @@
 """Replicas in one process: for worlds larger than a machine has processes, and to know what ranks must compute."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_soup.distributed.federated_sum import float_buffers
 from lightning_soup.distributed.outer_step import Layout, OuterStep, Replica, mean_in_order
 
-__all__ = ["SimulatedReplicas", "float_buffers"]
+__all__ = ["SimulatedReplicas"]
 
 
 class SimulatedReplicas:
@@ -34,8 +35,8 @@ class SimulatedReplicas:
     def __init__(self, modules: Sequence[nn.Module], step: OuterStep) -> None:
         step.check(len(modules))
         self.modules, self.step, self.round = list(modules), step, 0
-        self._tensors = [[*_weights(module).values(), *float_buffers(module).values()] for module in modules]
-        self.layout = Layout.of(_weights(modules[0]), float_buffers(modules[0]))
+        self._tensors = [[*_weights(module).values(), *_buffers(module).values()] for module in modules]
+        self.layout = Layout.of(_weights(modules[0]), _buffers(modules[0]))
         self.replicas = [Replica(step, self.layout, self.layout.flatten(tensors)) for tensors in self._tensors]
         self.messages = self.bytes_sent = 0
 
@@ -63,10 +64,9 @@ class SimulatedReplicas:
         return float((vectors.double() - vectors.double().mean(0)).square().mean().sqrt())
 
 
-def float_buffers(module: nn.Module) -> Mapping[str, Tensor]:
-    """The floating-point buffers that a state dict holds."""
-    held = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in held and buffer.is_floating_point()}
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    kept = float_buffers(module)
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

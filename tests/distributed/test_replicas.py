@@ -157,8 +157,8 @@ def test_replicas_may_begin_apart(make: type[LightningModule]) -> None:
 class Fixed(TinyClassifier):
     """Has the same weights whenever it is made."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, batch_norm: bool = False, lr: float = 0.05) -> None:
+        super().__init__(batch_norm, lr)
         torch.manual_seed(0)
         self.net[0].reset_parameters()
         self.net[3].reset_parameters()
