@@ -294,12 +294,13 @@ def picture(traces: dict[str, Trace], path: Path) -> None:
     pictures: list = []
     with new_figure(7.2, 3.2, pictures, path.stem, "") as figure:
         axis = figure.subplots()
-        for (name, trace), colour in zip(traces.items(), (BLUE, *COLOURS), strict=False):
+        apart = {name: trace for name, trace in traces.items() if peak(trace) > 1e-6}  # DiLoCo's are all equal
+        for (name, trace), colour in zip(apart.items(), (BLUE, *COLOURS), strict=False):
             axis.plot(range(1, len(trace) + 1), [value for _, value in trace], color=colour, linewidth=1.2, label=name)
         axis.set_yscale("log")
         axis.set_xlabel("outer steps")
         axis.set_ylabel("spread of the replicas")
-        axis.set_ylim(bottom=1e-5)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(fontsize=7)
     path.write_bytes(pictures[0].png)
 

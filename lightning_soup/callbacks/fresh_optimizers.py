@@ -13,6 +13,7 @@ from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from torch.optim import Optimizer
 
 from lightning_soup.callbacks.steps import OptimizerSteps
+from lightning_soup.callbacks.strategies import have_one_model
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.runs.settings import set_hyperparameters, set_optimizer_options
 
@@ -156,10 +157,10 @@ def seed_epoch(trainer: Trainer, seed: int, begun: bool) -> None:
 
     Args:
         trainer: The Trainer, in ``on_train_epoch_start``.
-        seed: The seed.
+        seed: The seed; of replicas, each its own.
         begun: Whether the epoch has begun in another process: its order is drawn already.
     """
-    seed += 1_000_003 * trainer.global_rank
+    seed += 1_000_003 * trainer.global_rank if have_one_model(trainer) else 0
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

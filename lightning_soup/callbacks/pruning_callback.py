@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -61,6 +61,9 @@ class PruningCallback(Callback):
         self._made_with: dict[str, Any] = {}  # the options of the fit that is resumed
         self._steps: OptimizerSteps | None = None
 
+    replicas: ClassVar[bool] = False
+    """Whether it can work on the models of several replicas."""
+
     def __getstate__(self) -> dict[str, Any]:
         """Launchers pickle the Trainer before it runs: what belongs to a run stays here."""
         return {**self.__dict__, "_pruned": None, "_resumed": None, "_steps": None}
@@ -83,7 +86,7 @@ class PruningCallback(Callback):
             return
         name = type(self).__name__
         self._resumed, self._made_with = None, {}
-        check_strategy(trainer, name, "masks are laid over whole parameters")
+        check_strategy(trainer, name, "masks are laid over whole parameters", replicas=self.replicas)
         for callback in trainer.callbacks:
             kind = type(callback).__name__
             if any(base.__name__ == "ModelPruning" for base in type(callback).__mro__):

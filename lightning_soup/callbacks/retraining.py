@@ -54,6 +54,11 @@ class Plan(tuple[Phase, ...]):
                 begin += epochs
         return cls(phases)
 
+    def side_by_side(self, copies: int) -> bool:
+        """Whether the copies of a cycle are trained at once, by several processes."""
+        cycles = {phase.cycle for phase in self if phase.cycle}
+        return copies > 1 and len(cycles) == sum(phase.cycle > 0 for phase in self)
+
     @property
     def epochs(self) -> int:
         """Of the whole fit."""

@@ -16,6 +16,7 @@ from lightning_soup.callbacks.retraining import Plan, RetrainingSchedule
 from lightning_soup.callbacks.retraining_rates import RATES_STATE, RetrainingRates
 from lightning_soup.callbacks.sparse_soup_cooking import Cooking
 from lightning_soup.callbacks.sparse_soup_files import CycleFiles, copy_of, folder_of, soup_of, start_of
+from lightning_soup.callbacks.sparse_soup_replicas import on_replicas, plan_of_replica, take_over
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.layers.pruning import Rounding, check_selection, cycle_amounts
@@ -44,6 +45,9 @@ class SparseModelSoup(PruningCallback):
     or the last one to resume from; the soups are saved in any case. ``EarlyStopping`` is refused.
 
     Gradients are masked before clipping, weights and moments after each step; see :class:`.SparsityMask`.
+
+    With ``ReplicaStrategy(data="full")`` and as many devices as copies, the copies of a cycle are trained side by side,
+    each by a process; :attr:`total_epochs` is that of one of them. The soups are those of one device.
 
     Args:
         sparsity: S, the share of the prunable weights that is pruned in the end. Each cycle prunes the same share of
@@ -89,6 +93,8 @@ class SparseModelSoup(PruningCallback):
     Source: Zimmer et al., Sparse Model Soups, ICLR 2024 (arXiv 2306.16788). The released code runs each copy as a job
     of its own, and takes the mask of the last.
     """
+
+    replicas = True
 
     def __init__(
         self,
@@ -155,6 +161,9 @@ class SparseModelSoup(PruningCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
+            if on_replicas(trainer):
+                take_over(self, trainer)
+                self.plan = plan_of_replica(self.dense_epochs, self.cycles, self.retrain_epochs, trainer.global_rank)
             if not trainer.fast_dev_run:
                 checks.check_trainer(self, trainer, pl_module)
 
@@ -179,7 +188,8 @@ class SparseModelSoup(PruningCallback):
 
     def _options(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in _FIXED}
-        return {**super()._options(), **own, "seed": int(self.seed), "vary": self.vary}
+        side_by_side = {"side_by_side": True} if self.plan.side_by_side(self.copies) else {}
+        return {**super()._options(), **own, "seed": int(self.seed), "vary": self.vary, **side_by_side}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The length of an epoch, and what a checkpoint goes on from, are known now."""
@@ -257,7 +267,7 @@ class SparseModelSoup(PruningCallback):
         self._phase, self._rates.step = index, 0
         if not phase.cycle:
             return
-        if phase.copy == 0:
+        if self.plan[index - 1].cycle != phase.cycle or index == 0:
             self._prune(trainer, module, phase.cycle)
         else:
             self._files.load(start_of(phase.cycle), module)
@@ -307,7 +317,10 @@ class SparseModelSoup(PruningCallback):
         if not 0 <= self._phase < len(self.plan) or not self.plan[self._phase].cycle:
             return
         phase = self.plan[self._phase]
-        self._files.write(trainer, copy_of(phase.cycle, phase.copy))
+        if on_replicas(trainer):
+            self._files.write_each(trainer, [copy_of(phase.cycle, copy) for copy in range(self.copies)])
+        else:
+            self._files.write(trainer, copy_of(phase.cycle, phase.copy))
         if phase.last:
             self._cook(trainer, module, phase.cycle)
 

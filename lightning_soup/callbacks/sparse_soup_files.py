@@ -51,6 +51,18 @@ class CycleFiles:
 
         self._write(trainer, name, save)
 
+    def write_each(self, trainer: Trainer, names: Sequence[str]) -> None:
+        """Save the weights of each replica, under a name of its own; a failure on one is raised on every rank."""
+        ranks, content = trainer.strategy.ranks, weights_of_fit(trainer)
+        path = self.path(names[ranks.rank])
+
+        def save() -> list[str]:
+            with atomic_path(path) as temporary:
+                torch.save(content, temporary)
+            return [str(path.absolute()), open_checkpoint(path).digest()]
+
+        self._known.update(zip(names, ranks.gather(ranks.agree(save)), strict=True))
+
     def write_soup(self, trainer: Trainer, name: str, soup: Soup) -> None:
         """Save a soup with its provenance, on rank 0; a failure is raised on every rank."""
         self._write(trainer, name, soup.save)

@@ -123,6 +123,7 @@ class ReplicaStrategy(DDPStrategy):
         self.overrides = {name: list(values) for name, values in (overrides or {}).items()}
         self.final, self.monitor, self.mode = final, monitor, mode or direction(monitor or "")
         self.patience = patience
+        self.seeds = True  # whether ranks get random numbers of their own from here, not from a callback
         self.ranks: Ranks | None = None
         self._resumed = False
 
@@ -225,6 +226,8 @@ class ReplicaStrategy(DDPStrategy):
         self._resumed = False
 
     def _seed(self, epoch: int, batch: int = 0) -> None:
+        if not self.seeds:
+            return
         seed = self.base_seed + self.global_rank + _PRIMES[0] * epoch + _PRIMES[1] * batch
         torch.manual_seed(seed)
         random.seed(seed)

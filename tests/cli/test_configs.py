@@ -31,6 +31,8 @@ COMMANDS = {
     "sms_vit.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "weight_ensemble.yaml": ["fit"],
     "fedau.yaml": ["federated"],
+    "noloco.yaml": ["fit"],
+    "gossip.yaml": ["fit"],
     "model_soups.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
 }
 

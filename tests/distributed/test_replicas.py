@@ -369,6 +369,7 @@ def test_averages_are_each_replicas_own(tmp_path: Path) -> None:
     assert torch.allclose(mean[name], (first[name] + second[name]) / 2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_past_the_timeout_is_named() -> None:
     class Sleeps(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
