@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _same_ground() -> Iterator[None]:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # left by seed_everything, and heeded by every later Trainer
+        os.environ.pop(name, None)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = os.getcwd()

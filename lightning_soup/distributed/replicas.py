@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -148,7 +149,8 @@ class ReplicaStrategy(DDPStrategy):
                     f"ReplicaStrategy(overrides={{{name!r}: …}}): {len(values)} values for {count} replicas. "
                     "Give one for each rank."
                 )
-        super().setup_environment()
+        with isolate_rng():  # Lightning seeds anew here; a rank goes on as one device would, until it is told otherwise
+            super().setup_environment()
         self.ranks = Ranks(
             self.global_rank, self.world_size, self._timeout.total_seconds(), self.patience, self.root_device
         )

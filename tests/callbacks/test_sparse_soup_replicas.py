@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -32,9 +33,8 @@ def _fit(
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    torch.manual_seed(5)
+    seed_everything(5, verbose=False)
     module = Dropped()
-    torch.manual_seed(7)
     soup = SparseModelSoup(**{**SMALL, "copies": copies, "dirpath": str(folder / "soups"), **options})
     devices = {"devices": copies, "strategy": ReplicaStrategy(**strategy)} if strategy is not None else {}
     saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
