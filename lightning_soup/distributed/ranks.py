@@ -245,12 +245,17 @@ class Ranks:
             flat.copy_(values.view(flat.shape))
 
     def _pieces(self, piece: Tensor) -> list[Tensor]:
-        everyone = [torch.empty_like(piece) for _ in self.members]
         if self.alone:
             return [piece]
+        sent = self._wire(piece.contiguous())
+        everyone = [torch.empty_like(sent) for _ in self.members]
         with self.named("averaging over all ranks"):
-            dist.all_gather(everyone, piece.contiguous(), group=self.group)
-        return everyone
+            dist.all_gather(everyone, sent, group=self.group)
+        return [other.to(piece.device) for other in everyone]
+
+    def _wire(self, tensor: Tensor) -> Tensor:
+        """What is sent of a tensor: gloo reads the host's memory."""
+        return tensor.cpu() if tensor.is_cuda and dist.get_backend(self.group) == "gloo" else tensor
 
     @torch.no_grad()
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -294,12 +299,13 @@ class Ranks:
             pairs = [sorted((self.rank, peer)) for peer in peers]
             met = self.meet(f"pairs/{key}", pairs, self.patience)
             peers = [peer for peer, present in zip(peers, met, strict=True) if peer in present]
-        received = {peer: torch.empty_like(message) for peer in peers}
+        sent = self._wire(message)
+        received = {peer: torch.empty_like(sent) for peer in peers}
         works: dict[int, list[Any]] = {peer: [] for peer in peers}
         broken = {}
         for peer in peers:
             try:
-                ops = [dist.P2POp(dist.isend, message, peer), dist.P2POp(dist.irecv, received[peer], peer)]
+                ops = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received[peer], peer)]
                 works[peer] = dist.batch_isend_irecv(ops)
             except RuntimeError as error:
                 broken[peer] = error
@@ -317,7 +323,7 @@ class Ranks:
             warnings.warn(f"rank {peer} died while rank {self.rank}, which goes on, met it.", stacklevel=2)
         self.messages += len(received)
         self.bytes_sent += len(received) * message.numel() * message.element_size()
-        return received
+        return {peer: other.to(message.device) for peer, other in received.items()}
 
 
 def _from_group(error: RuntimeError) -> bool:

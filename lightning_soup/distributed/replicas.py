@@ -70,8 +70,8 @@ class ReplicaStrategy(DDPStrategy):
         patience: Seconds that peers wait for each other in an exchange. One that comes later is passed over this time,
             and one that died from then on: the others go on without it, if what started the processes lets them
             (torchrun and Lightning's own launchers end all when one dies; SLURM does unless ``--no-kill`` and
-            ``--kill-on-bad-exit=0`` are given). Rank 0 holds the store at which all meet and must live. None: a rank
-            that is late or gone is an error.
+            ``--kill-on-bad-exit=0`` are given). Rank 0 holds the store at which all meet and must live. Needs gloo.
+            None: a rank that is late or gone is an error.
         start_method: How Lightning starts the processes: ``"popen"`` runs the script again, ``"fork"``, ``"spawn"``.
         process_group_backend: ``"gloo"``, ``"nccl"``; None: what the device needs.
         cluster_environment: Where ranks and addresses come from; None: found by Lightning.
@@ -151,6 +151,11 @@ class ReplicaStrategy(DDPStrategy):
                 )
         with isolate_rng():  # Lightning seeds anew here; a rank goes on as one device would, until it is told otherwise
             super().setup_environment()
+        if self.patience is not None and self._process_group_backend != "gloo":
+            raise UnsupportedSetup(
+                f"ReplicaStrategy(patience={self.patience}): with {self._process_group_backend} a process ends when its"
+                " peer is lost. Give process_group_backend='gloo', or leave patience out."
+            )
         self.ranks = Ranks(
             self.global_rank, self.world_size, self._timeout.total_seconds(), self.patience, self.root_device
         )
