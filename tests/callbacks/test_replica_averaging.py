@@ -19,6 +19,7 @@ from lightning_soup.distributed.gossip import GossipStep
 from lightning_soup.distributed.noloco import DiLoCoStep, NoLoCoStep
 from lightning_soup.errors import NonFiniteWeights, UnreadableCheckpoint, UnsupportedSetup
 from tests.helpers.boring import TinyClassifier, TinyData
+from tests.helpers.cli import through_yaml
 from tests.helpers.replicas import equal, fit_replicas, simulate, weights_of
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_ranks
@@ -289,3 +290,20 @@ def test_one_device_or_another_strategy_is_refused() -> None:
 def test_options_out_of_range_are_refused(make: Callable[[], Callback]) -> None:
     with pytest.raises(UnsupportedSetup, match="expected"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("NoLoCo", {"every": 7, "alpha": 0.3, "beta": 0.9, "gamma": 0.4, "group_size": 3, "seed": 2}),
+        ("DiLoCo", {"every": 9, "alpha": 0.9, "momentum": "nesterov"}),
+        ("GossipAveraging", {"topology": [[0, 1], [1, 2]], "every": 3, "beta": None, "chunks": {"*.qkv.weight": 3}}),
+        ("GossipAveraging", {"topology": "regular", "degree": 3, "target": "mix", "exclude": ["head.*"]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_options_survive_yaml(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    built = through_yaml(TinyClassifier, f"lightning_soup.callbacks.{name}", options, tmp_path)
+    assert len(built) == 2
+    for one in built:
+        assert {option: getattr(one, option) for option in options} == options

@@ -398,3 +398,26 @@ def test_by_name_from_the_registry() -> None:
         return type(trainer.strategy).__name__
 
     assert run_on_ranks(2, go) == ["ReplicaStrategy"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_options_survive_yaml(tmp_path: Path) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    options = {"data": "full", "overrides": {"lr": [0.1, 0.2], "weight_decay": [0, 0.1]}, "seed": 3, "timeout": 60.0}
+    options |= {"final": "best", "monitor": "val_loss", "start_method": "fork", "patience": 5.0, "common_start": False}
+    node = {"class_path": "lightning_soup.ReplicaStrategy", "init_args": options}
+
+    def cli(arguments: Any) -> Any:
+        fixed = {"run": False, "save_config_callback": None, "seed_everything_default": 0}
+        trainer = {"logger": False, "accelerator": "cpu", "devices": 2}
+        return LightningCLI(TinyClassifier, TinyData, args=arguments, trainer_defaults=trainer, **fixed)
+
+    first = cli({"trainer": {"strategy": node}})
+    (tmp_path / "saved.yaml").write_text(first.parser.dump(first.config, skip_none=False))
+    for built in (first, cli(["--config", str(tmp_path / "saved.yaml")])):
+        strategy = built.trainer.strategy
+        assert isinstance(strategy, ReplicaStrategy)
+        assert (strategy.overrides, strategy.monitor, strategy.mode) == (options["overrides"], "val_loss", "min")
+        assert (strategy._timeout.total_seconds(), strategy.patience, strategy.seed) == (60.0, 5.0, 3)
+        assert (strategy.data, strategy.final, strategy.common_start) == ("full", "best", False)
