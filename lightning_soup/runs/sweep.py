@@ -3,24 +3,16 @@
 import contextlib
 import hashlib
 import os
-import pickle
-import signal
-import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from lightning_soup.errors import UnsupportedSetup, UnwritableOutput
 from lightning_soup.progress import Progress, silent
+from lightning_soup.runs.sweep_processes import Processes
 from lightning_soup.runs.sweep_run import (
-    ERROR_FILE,
     Run,
     Task,
     Train,
@@ -28,15 +20,13 @@ from lightning_soup.runs.sweep_run import (
     canonical,
     discard_unfinished,
     empty_folder,
-    failed_run,
     finished_run,
 )
+from lightning_soup.runs.sweep_workers import Engine, train_apart
 
 __all__ = ["SweepResult", "run_sweep"]
 
-LOG_FILE = "log.txt"
 _LARGEST_SEED = 2**32 - 1  # of numpy
-SECONDS_TO_STOP = 5.0  # after a polite signal, before a child is killed
 
 
 @dataclass(frozen=True)
@@ -71,6 +61,8 @@ def run_sweep(
     jobs: int = 1,
     fingerprint: str = "",
     spread: bool = True,
+    engine: Engine | None = None,
+    retries: int = 0,
     progress: Progress = silent,
 ) -> SweepResult:
     """Train every setting, each in its own folder `<index>-<hash of setting, seed and fingerprint>`.
@@ -89,6 +81,10 @@ def run_sweep(
             share of the cores, and `log.txt` for what it prints.
         spread: With several jobs, let each see one GPU only, another one for each while there are enough. Those that
             CUDA_VISIBLE_DEVICES hides are not used.
+        engine: Makes the processes that train; in place of `jobs` and `spread`. What it is does not show in the runs: a
+            sweep goes on with another engine where it was interrupted.
+        retries: How often a run is tried again whose process died, by a lost machine or for want of memory. One that
+            raised an error is not, before the next call.
         fingerprint: Stands for everything else that decides the result, such as a hash of the base config.
         progress: Shows how many runs are done.
 
@@ -96,11 +92,14 @@ def run_sweep(
         All runs, those that failed included.
 
     Raises:
-        UnsupportedSetup: No settings, `jobs` or `seed` out of range, or a `train` that cannot be sent to another
-            process.
+        UnsupportedSetup: No settings, `jobs`, `seed` or `retries` out of range, a `train` that cannot be sent to
+            another process, or an engine that cannot work.
         UnwritableOutput: The folder cannot be written.
     """
     check_numbers(jobs, seed, len(settings))
+    if engine is None and jobs > 1:
+        engine = Processes.engine(jobs, spread)
+    check_retries(retries, apart=engine is not None)
     if not settings:
         raise UnsupportedSetup("no settings to train; a sweep needs at least one.")
     folder = Path(folder)
@@ -114,7 +113,8 @@ def run_sweep(
     done = {run.index for run in earlier}
     todo = [task for task in tasks if task.index not in done]
     # closing: an error or Ctrl-C in the progress display must stop the children too, not wait for collection
-    with contextlib.closing(_here(todo, train) if jobs == 1 else _in_processes(todo, train, jobs, spread)) as trained:
+    runs_of_todo = _here(todo, train) if engine is None else train_apart(todo, train, folder, engine, retries)
+    with contextlib.closing(runs_of_todo) as trained:
         runs = list(progress(chain(earlier, trained), "Training ingredients", total=len(tasks)))
     return SweepResult(folder, sorted(runs, key=lambda run: run.index))
 
@@ -129,6 +129,23 @@ def check_numbers(jobs: int, seed: int, runs: int) -> None:
         raise UnsupportedSetup(f"jobs is {jobs}; expected 1 or more trainings at a time.")
     if not 0 <= seed <= _LARGEST_SEED - runs:
         raise UnsupportedSetup(f"seed is {seed}; expected a number from 0 to {_LARGEST_SEED - runs}.")
+
+
+def check_retries(retries: int, *, apart: bool) -> None:
+    """Refuse a number of retries that cannot be.
+
+    Raises:
+        UnsupportedSetup: `retries` is below 0, or the trainings have no processes of their own that could die.
+    """
+    if retries < 0:
+        raise UnsupportedSetup(
+            f"retries is {retries}; expected 0 or more further attempts of a run whose process died."
+        )
+    if retries and not apart:
+        raise UnsupportedSetup(
+            f"retries is {retries} with jobs 1, where a training that dies takes the sweep along; expected 0. "
+            "Set jobs to 2 or more, or engine to ray, for trainings in processes of their own."
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -155,99 +172,3 @@ def _here(tasks: Sequence[Task], train: Train) -> Iterator[Run]:
             discard_unfinished(task)
             raise
         yield run
-
-
-def _in_processes(tasks: Sequence[Task], train: Train, jobs: int, spread: bool) -> Iterator[Run]:
-    """Train `jobs` at a time, each in a process of its own that is started afresh (never forked)."""
-    try:
-        pickled = pickle.dumps(train)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UnsupportedSetup(
-            f"{train!r} cannot be sent to another process ({error}); use a top-level function or jobs=1."
-        ) from error
-    waiting, running = deque(tasks), dict[BaseProcess, Task]()
-    threads = _share_of_cores(min(jobs, len(tasks)))
-    gpus = _gpus() if spread and tasks else []
-    places = deque(range(jobs))  # each training takes a place, and the GPU that belongs to it
-    taken: dict[BaseProcess, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                task = waiting.popleft()
-                empty_folder(task)
-                gpu = gpus[places[0] % len(gpus)] if len(gpus) > 1 else None
-                process = get_context("spawn").Process(target=_child, args=(pickled, task, threads, gpu))
-                process.start()
-                running[process], taken[process] = task, places.popleft()
-            connection.wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                places.append(taken.pop(process))
-                yield _outcome(running.pop(process), process.exitcode or 0)
-    finally:
-        _stop(list(running))
-        for task in running.values():
-            discard_unfinished(task)
-
-
-def _child(pickled: bytes, task: Task, threads: int, gpu: str | None) -> None:
-    """Body of a child process. Nothing heavy is imported before the threads and the log are set up."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(task.folder / LOG_FILE, "wb") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    if "torch" in sys.modules:  # the user's main script imported it, and took all cores
-        sys.modules["torch"].set_num_threads(threads)
-    attempt(task, pickle.loads(pickled))
-
-
-def _end_with_parent() -> None:
-    """Without this, a killed sweep would train on, into folders that its next start empties."""
-    if parent := parent_process():
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _share_of_cores(jobs: int) -> int:
-    """Threads for each of so many processes; a smaller OMP_NUM_THREADS that the user set holds."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // max(1, jobs))
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(share, int(asked)) if asked.isdigit() and int(asked) > 0 else share
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    import torch  # not needed for anything else here
-
-    count = torch.cuda.device_count()  # does not start CUDA
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = list(map(str, range(count))) if visible is None else [name.strip() for name in visible.split(",")]
-    return names[:count]  # CUDA ends its list at the first name that it does not know
-
-
-def _stop(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + SECONDS_TO_STOP
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _outcome(task: Task, exit_code: int) -> Run:
-    """Read from a run's folder what its process, now ended, did."""
-    if run := finished_run(task):
-        return run
-    error_file = task.folder / ERROR_FILE
-    if error_file.is_file():
-        return failed_run(task, error_file.read_text())
-    ending = f"ended with exit code {exit_code}"
-    if exit_code < 0:
-        ending = f"was killed by {signal.Signals(-exit_code).name}"
-    hint = " (out of memory? try fewer jobs)" if exit_code == -signal.SIGKILL else ""
-    return failed_run(task, f"The process {ending} before it finished{hint}; see {LOG_FILE}.")
