@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_soup.cli.sweep_check import check_settings
+from lightning_soup.cli.sweep_engine import choose_engine
 from lightning_soup.cli.sweep_training import RunCLI, train_setting
 from lightning_soup.errors import LightningSoupError
 from lightning_soup.evaluation.evaluator import direction
@@ -35,6 +36,11 @@ def sweep(
     metric: str | None = None,
     mode: Literal["max", "min"] | None = None,
     cook: Recipe | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    retries: int = 0,
 ) -> SweepResult:
     """Train one ingredient per setting of a W&B sweep file, then cook them if asked.
 
@@ -55,12 +61,22 @@ def sweep(
         metric: Metric of the table at the end, and of the recipe; that of the sweep file by default, else val_acc.
         mode: Whether a high (max) or a low (min) value of the metric is good; the goal of the sweep file by default.
         cook: Recipe for a soup of the finished ingredients, written to soup.safetensors in the folder.
+        engine: What trains: this machine, or a Ray cluster whose nodes have the current folder and that of the runs
+            under the same paths. The runs are the same, so that either goes on where the other was interrupted.
+        address: With engine ray, the cluster: auto, HOST:PORT or ray://HOST:PORT. By default one is started on this
+            machine and stopped at the end.
+        num_cpus: With engine ray, CPUs, and threads, of each training; 1 by default.
+        num_gpus: With engine ray, GPUs of each training: 1, 0, or a part of one to be shared. By default 1 where the
+            cluster has any and the config does not ask for a CPU.
+        retries: How often a training is tried again whose process died; one that raised an error is not. With jobs
+            above 1 or engine ray.
 
     Returns:
         The runs with their settings, metrics and checkpoints.
 
     Raises:
-        UnsupportedSetup: The config or the sweep file is wrong; found before any training starts.
+        UnsupportedSetup: The config, the sweep file or an option is wrong; found before any training starts.
+        MissingExtra: Ray is asked for and not installed.
         LightningSoupError: No run finished.
     """
     file = read_sweep_file(sweep_file)
@@ -70,7 +86,12 @@ def sweep(
         goal: Literal["max", "min"] = "min" if file.goal == "minimize" else "max"
         mode = goal if told else direction(metric or "val_acc")
     metric = metric or file.metric or "val_acc"
-    config, *_ = check_settings(Path(base), file.path, settings)
+    configs = check_settings(Path(base), file.path, settings)
+    trainer, mark = configs[0].trainer, partial(fingerprint, Path(base), settings)
+    cluster = choose_engine(
+        engine, jobs=jobs, address=address, num_cpus=num_cpus, num_gpus=num_gpus, configs=configs, same=mark
+    )
+    alone = cluster is None and jobs == 1
     name = re.sub(r"[^\w.-]+", "-", file.name).strip(".-") or "sweep"
     with no_notices():
         result = run_sweep(
@@ -79,10 +100,12 @@ def sweep(
             Path("runs", name) if folder is None else folder,
             seed=seed,
             jobs=jobs,
-            spread=not (isinstance(config.trainer.devices, list) or any("trainer.devices" in one for one in settings)),
-            fingerprint=fingerprint(Path(base), settings),
+            spread=not (isinstance(trainer.devices, list) or any("trainer.devices" in one for one in settings)),
+            engine=cluster,
+            retries=retries,
+            fingerprint=mark(),
             # With one job Lightning's own bar is on the screen, unless the config turns it off.
-            progress=progress_lines if jobs == 1 and config.trainer.enable_progress_bar is not False else rich_progress,
+            progress=progress_lines if alone and trainer.enable_progress_bar is not False else rich_progress,
         )
     _print_table(result, metric, mode)
     for run in result.failed:
