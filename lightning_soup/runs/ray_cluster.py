@@ -81,9 +81,9 @@ def enough_room(
             f"{node['NodeManagerHostname']} with {_amount(node, 'CPU'):g} and {_amount(node, 'GPU'):g}"
             for node in nodes
         )
-        where = f"the cluster at {address}" if address else "this machine"
+        where = f"a node of the cluster at {address}" if address else "this machine"
         raise UnsupportedSetup(
-            f"num_cpus is {num_cpus:g} and num_gpus is {num_gpus:g}; expected what a node of {where} has: "
+            f"num_cpus is {num_cpus:g} and num_gpus is {num_gpus:g}; expected what {where} has: "
             f"{have or 'none is alive'}. Ask for less, or add a node."
         )
     return enough, num_gpus

@@ -161,5 +161,5 @@ def _outcome(ended: Ended, deaths: int) -> Run:
     error_file = ended.task.folder / ERROR_FILE
     if error_file.is_file():
         return failed_run(ended.task, error_file.read_text())
-    times = f", as did {deaths - 1} more before it" if deaths > 1 else ""
+    times = f", after {deaths - 1} that died before it" if deaths > 1 else ""
     return failed_run(ended.task, f"The process {ended.how}{times}; see {LOG_FILE}.")
