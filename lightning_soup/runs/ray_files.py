@@ -6,6 +6,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -86,7 +87,9 @@ def refuse_unshared(
         ]
         for node, found in zip(nodes, looks, strict=True):
             try:
-                problem = ray.get(found, timeout=_SECONDS_TO_LOOK)
+                problem = found.future().result(_SECONDS_TO_LOOK)
+            except futures.TimeoutError:
+                problem = f"did not answer in {_SECONDS_TO_LOOK:g} seconds"
             except ray.exceptions.RayError as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 problem = f"cannot start a training: {lines[-1]}"

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,7 +73,8 @@ class RayTasks:
         self._cluster, self._train, self._folder = cluster, train, folder
         self._place = Place.here()
         self._threads = threads_within(max(1, int(cluster.num_cpus)))
-        self._running: dict[Any, Task] = {}
+        # Futures, because ray.wait and ray.get turn the exception of a signal's handler into an exit with status 1.
+        self._running: dict[futures.Future[str | None], tuple[Task, Any]] = {}
         self._connection = contextlib.ExitStack()
         self._ray: ModuleType
         self._remote: Any
@@ -96,13 +98,11 @@ class RayTasks:
     def __exit__(self, *error: object) -> None:
         """Interrupt the trainings, end those that do not obey, and disconnect."""
         with self._connection, contextlib.suppress(ConnectionError, self._ray.exceptions.RayError):
-            left = list(self._running)
+            left = set(self._running)
             for force in (False, True):
-                for ref in left:
-                    self._ray.cancel(ref, force=force)
-                if left:
-                    seconds = sweep_workers.SECONDS_TO_STOP
-                    _, left = self._ray.wait(left, num_returns=len(left), timeout=seconds)
+                for future in left:
+                    self._ray.cancel(self._running[future][1], force=force)
+                left = futures.wait(left, timeout=sweep_workers.SECONDS_TO_STOP).not_done
         if self._running:
             time.sleep(1)  # a task that is ended by force counts as ended before its process is gone
         self._running.clear()
@@ -114,23 +114,24 @@ class RayTasks:
     def start(self, task: Task) -> None:
         """Hand the task to Ray."""
         (task.folder / self._place.mark).touch()
-        self._running[self._remote.remote(self._train, task, self._place, self._threads, self._gpus)] = task
+        ref = self._remote.remote(self._train, task, self._place, self._threads, self._gpus)
+        self._running[ref.future()] = (task, ref)
 
     def wait(self) -> Sequence[Ended]:
         """Wait for a task to end."""
         try:
-            (ref, *_), _ = self._ray.wait(list(self._running), num_returns=1)
-            return [self._ended(ref)]
+            done = futures.wait(self._running, return_when=futures.FIRST_COMPLETED).done
+            return [self._ended(future) for future in done]
         except (ConnectionError, self._ray.exceptions.RaySystemError) as error:
             raise LightningSoupError(
                 f"the connection to the Ray cluster was lost: {error}. Finished runs are kept; give the command again."
             ) from error
 
-    def _ended(self, ref: Any) -> Ended:
-        task, errors = self._running[ref], self._ray.exceptions
+    def _ended(self, future: "futures.Future[str | None]") -> Ended:
+        task, errors = self._running[future][0], self._ray.exceptions
         ended = Ended(task, "ended before it finished")
         try:
-            if blind := self._ray.get(ref):
+            if blind := future.result():
                 folder = task.folder.resolve()
                 raise UnsupportedSetup(f"{blind}: this node of the Ray cluster does not see {folder}. {NOT_SHARED}")
         except errors.RayTaskError as error:
@@ -143,7 +144,7 @@ class RayTasks:
             raise
         except errors.RayError as error:
             ended = Ended(task, f"died before it finished ({_first_sentence(error)})")
-        del self._running[ref]
+        del self._running[future]
         return ended
 
 

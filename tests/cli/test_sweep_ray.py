@@ -47,6 +47,8 @@ class Mine(TinyClassifier):
             time.sleep(300)
 """
 
+MAIN = "from lightning_soup.cli.main import main; main()"
+
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
@@ -126,8 +128,7 @@ def test_stopping_the_command(command, tmp_path, stop):
     )
     (tmp_path / "starts").unlink()
     process = subprocess.Popen(
-        [sys.executable, "-c", "from lightning_soup.cli.main import main; main()", "sweep", "base.yaml", "sweep.yaml"]
-        + ["--engine=ray"],
+        [sys.executable, "-c", MAIN, "sweep", "base.yaml", "sweep.yaml", "--engine=ray"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
         start_new_session=True,
