@@ -113,7 +113,8 @@ def _refusal(address: str | None, error: Exception) -> Exception:
         return UnsupportedSetup(f"Ray could not start a cluster on this machine: {reason}")
     return UnsupportedSetup(
         f"address is {address!r}, where no Ray cluster can be reached: {reason.rstrip('.')}. Expected {ADDRESSES}. "
-        "Start one with `ray start --head`, with this version of Ray and Python; `ray status` shows whether it runs."
+        "Start one with `ray start --head`, with this version of Ray and Python; `ray status` shows whether it runs. "
+        "One with authentication wants its token in RAY_AUTH_TOKEN."
     )
 
 
