@@ -5,7 +5,7 @@
 Sixteen nodes learn digits, each its own part, and average with their neighbours after every step. Plain averages of
 unrelated networks lose the variance of their layers, and learn nothing; corrected ones learn better than nodes that do
 not speak. The nodes are simulated in one process; four real ones (gloo, started by Lightning) then gossip in a ring
-with the callback. Some three minutes a seed on one core. ``--write`` puts the tables into RESULTS.md and the picture
+with the callback. Some five minutes a seed on one core. ``--write`` puts the tables into RESULTS.md and the picture
 beside it.
 """
 
