@@ -259,7 +259,7 @@ def picture(curves: list[dict[str, Curve]], path: Path) -> None:
     names = [name for name in ROWS if ":" not in name]
     with new_figure(7.2, 3.2, pictures, path.stem, "") as figure:
         axis = figure.subplots()
-        for name, colour in zip(names, (BLUE, *COLOURS), strict=False):
+        for name, colour in zip(names, (BLUE, *COLOURS, "#444444"), strict=True):
             means = [statistics.fmean(one[name][tick][0] for one in curves) for tick in MOMENTS]
             axis.plot(MOMENTS, means, color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
         axis.set_xlabel("ticks")
