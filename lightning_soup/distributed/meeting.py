@@ -39,7 +39,7 @@ class Meeting:
     def wait(
         self, deadline: float, gone: Callable[[Collection[int]], Collection[int]] = lambda absent: ()
     ) -> list[int]:
-        """Those that came, in order; this rank alone if it came too late.
+        """Those that came, this rank among them, in order; nobody, if this rank came too late.
 
         Args:
             deadline: When patience ends, as ``time.monotonic()`` counts.
@@ -54,7 +54,7 @@ class Meeting:
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_WAIT)
             self._read(self._store.get(self._key))
-        return self._present if self._rank in self._present else [self._rank]
+        return self._present if self._rank in self._present else []
 
     def _change(self, present: Collection[int], close: bool = False) -> None:
         kind = "closed" if close or len(present) == len(self._members) else "open"

@@ -4,7 +4,9 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,18 @@ _POST_EVERY = 1.0  # seconds
 _KEY = "lightning_soup"
 
 
+@dataclass
+class _World:
+    """What outlasts a run of a Trainer: the next one in these processes has the same ranks, and the same store."""
+
+    members: tuple[int, ...]
+    group: Any = None  # all
+    met: int = 0  # keys of the store that meetings have used up
+
+
+_worlds: "WeakKeyDictionary[Any, _World]" = WeakKeyDictionary()  # by store
+
+
 class Ranks:
     """The ranks that take part, and what they do together.
 
@@ -35,10 +49,8 @@ class Ranks:
         device: Where small messages lie.
 
     Attributes:
-        members: Ranks that take part; those that are gone are left out.
         messages: Point-to-point messages sent so far.
         bytes_sent: Bytes in them.
-        group: The process group of the members; None: the first one.
     """
 
     def __init__(
@@ -46,13 +58,23 @@ class Ranks:
     ) -> None:
         self.rank, self.world_size, self.timeout, self.patience = rank, world_size, timeout, patience
         self.device = torch.device(device)
-        self.members: tuple[int, ...] = tuple(range(world_size))
         self.messages = self.bytes_sent = 0
         self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        self.group: Any = None  # all
+        self._world = _World(tuple(range(world_size)))
+        if self._store is not None:
+            self._world = _worlds.setdefault(self._store, self._world)
         self.listeners: list[Callable[[], None]] = []  # called when ranks have been lost
-        self._met = 0
         self._posted = 0.0
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ranks that take part; those that are gone are left out, also in later runs of these processes."""
+        return self._world.members
+
+    @property
+    def group(self) -> Any:
+        """The process group of the members; None: the first one."""
+        return self._world.group
 
     @property
     def first(self) -> bool:
@@ -123,20 +145,20 @@ class Ranks:
         """
         if self.patience is None or self.alone:
             return
-        self._met += 1
-        found = tuple(self.meet(f"all/{self._met}", [self.members], self.timeout)[0])
+        self._world.met += 1
+        found = tuple(self.meet(f"all/{self._world.met}", [self.members], self.timeout)[0])
         if found == self.members:
             return
-        if found == (self.rank,) and len(self.members) > 2:
+        if not found:
             raise ReplicaLost(
                 f"rank {self.rank} came more than {self.timeout:g} s late, and the others went on without it."
             )
         lost = sorted(set(self.members) - set(found))
         self.lose(lost)
-        self.members = found
+        self._world.members = found
         warnings.warn(f"rank {', '.join(map(str, lost))} is gone: {len(found)} replicas go on.", stacklevel=2)
         with self.named("going on without those that are gone"):
-            self.group = dist.new_group(list(found), use_local_synchronization=True)
+            self._world.group = dist.new_group(list(found), use_local_synchronization=True)
         for listener in self.listeners:
             listener()
 
@@ -207,7 +229,8 @@ class Ranks:
     def send_from(self, source: int, tensor: Tensor) -> Tensor:
         """A tensor of one rank, on all; those of the others tell its shape and type."""
         wire = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
-        sent = tensor.to(wire).contiguous() if source == self.rank else torch.empty_like(tensor, dtype=wire)
+        empty = torch.empty(tensor.shape, dtype=wire, device=tensor.device)  # whatever the tensor's memory format
+        sent = tensor.to(wire).contiguous() if source == self.rank else empty
         if not self.alone:
             with self.named("waiting for weights", [source]):
                 dist.broadcast(sent, source, group=self.group)
@@ -270,7 +293,8 @@ class Ranks:
         """√(mean over replicas and elements of (mean − θ)²): how far the replicas lie apart."""
         squares, count = torch.zeros((), dtype=torch.float64), 0
         for tensor in tensors:
-            flat = tensor.detach().reshape(-1)
+            tensor = tensor.detach()
+            flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
             for start in range(0, flat.numel(), _CHUNK):
                 piece = flat[start : start + _CHUNK].double()
                 mean = self.sum_(piece.clone()) / len(self.members)

@@ -79,6 +79,8 @@ def load_replica(path: Path, ranks: Ranks) -> Path:
         if not is_replica_folder(path):
             return path
         manifest = ReplicaManifest.read(path)
+        if manifest.world_size == len(ranks.members):  # saved by those that take part
+            return manifest.checked_path(ranks.members.index(ranks.rank))
         if manifest.world_size != ranks.world_size:
             raise UnreadableCheckpoint(
                 f"{path}: holds {manifest.world_size} replicas, but {ranks.world_size} are being trained. Resume with "

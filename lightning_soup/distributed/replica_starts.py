@@ -76,7 +76,7 @@ def _make_anew(module: LightningModule, tensors: Mapping[str, Tensor], seed: int
 
 def _check_shapes(shapes: Mapping[str, list[int]], ranks: Ranks) -> None:
     first, *others = ranks.gather(shapes)
-    for rank, found in enumerate(others, start=1):
+    for rank, found in zip(ranks.members[1:], others, strict=True):
         apart = sorted(name for name in found.keys() | first.keys() if found.get(name) != first.get(name))
         if apart:
             raise UnsupportedSetup(

@@ -160,6 +160,8 @@ class ReplicaStrategy(DDPStrategy):
             self.global_rank, self.world_size, self._timeout.total_seconds(), self.patience, self.root_device
         )
         self.ranks.listeners.append(self._leave_metrics_to_survivors)
+        if self.ranks.group is not None:  # ranks were lost in an earlier run
+            self._leave_metrics_to_survivors()
 
     @property
     def base_seed(self) -> int:
@@ -212,7 +214,7 @@ class ReplicaStrategy(DDPStrategy):
         """Refuse numbers of batches that differ, as a rank that has more would wait for those that have ended."""
         counts = self.ranks.gather(float(self.lightning_module.trainer.num_training_batches))
         if any(count != counts[0] for count in counts):
-            told = ", ".join(f"rank {rank}: {count:g}" for rank, count in enumerate(counts))
+            told = ", ".join(f"rank {rank}: {count:g}" for rank, count in zip(self.ranks.members, counts, strict=True))
             raise UnsupportedSetup(
                 f"the ranks have different numbers of training batches ({told}), so some would wait for others that "
                 "have ended their epoch. Let Lightning divide the data (use_distributed_sampler), give all the same "
@@ -295,7 +297,8 @@ class ReplicaStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """This rank's file of a folder of replicas; or a file of one model, with which all replicas begin."""
-        path = load_replica(Path(checkpoint_path), self.ranks)
+        given = Path(self.broadcast(str(checkpoint_path)))  # the best has a name of its own on each rank, too
+        path = load_replica(given, self.ranks)
         return self.ranks.agree(lambda: super(ReplicaStrategy, self).load_checkpoint(path, weights_only))
 
     # ---------------------------------------------------------------------------------------------------- collectives
@@ -318,6 +321,11 @@ class ReplicaStrategy(DDPStrategy):
             return tensor
         with self.ranks.named("reducing a value over all ranks"):
             return super().reduce(tensor, group or self.ranks.group, reduce_op)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all replicas that take part say so, or one of them does; Lightning's counts those that are gone."""
+        said = self.ranks.gather(bool(decision))
+        return sum(said) == len(said) if all else any(said)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """A tensor of each replica that takes part."""

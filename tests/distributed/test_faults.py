@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_soup import DiLoCo, GossipAveraging, NoLoCo, open_checkpoint
 from lightning_soup.distributed.noloco import random_groups
+from lightning_soup.distributed.ranks import Ranks
 from lightning_soup.errors import ReplicaLost
+from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.replicas import equal, fit_replicas, weights_of
 from tests.helpers.two_ranks import run_on_ranks
 
@@ -121,6 +124,79 @@ def test_validation_and_metrics_go_on_without_the_dead() -> None:
     found = run_on_ranks(4, lambda: _go(lambda: NoLoCo(every=1), Dies(VICTIM, 2), **options), may_die=True)
     assert not [found[rank] for rank in (0, 1, 3) if isinstance(found[rank], str)]
     assert [found[rank]["steps"] for rank in (0, 1, 3)] == [ROUNDS] * 3
+
+
+def test_the_best_is_still_saved_after_a_death(tmp_path: Path) -> None:
+    class Improves(TinyClassifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("falls", 10.0 - self.current_epoch, sync_dist=True)
+
+    def go() -> str:
+        warnings.filterwarnings("ignore", "rank .* is gone")
+        saving = ModelCheckpoint(tmp_path, "{epoch}", monitor="falls", save_top_k=1)
+        options = {"max_epochs": 3, "limit_val_batches": 1, "enable_checkpointing": True, "make": Improves}
+        fit_replicas(3, [NoLoCo(every=1), Dies(1, 2), saving], {"patience": 0.5, "timeout": 6.0}, **options)
+        return Path(saving.best_model_path).name
+
+    assert run_on_ranks(3, go, may_die=True) == ["epoch=2.ckpt", None, "epoch=2.ckpt"]
+
+
+def test_later_runs_go_on_without_the_dead(tmp_path: Path) -> None:
+    def go() -> tuple[tuple[int, ...], int, list[Any]]:
+        warnings.filterwarnings("ignore", "rank .* is gone|Using `DistributedSampler`")
+        strategy = {"patience": 0.5, "timeout": 6.0, "final": "mean"}
+        options = {"max_steps": 3, "max_epochs": -1, "limit_val_batches": 1}
+        trainer = fit_replicas(3, [NoLoCo(every=1), Dies(1, 2)], strategy, **options)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        data, path = TinyData(), str(tmp_path / "end.ckpt")
+        metrics = trainer.validate(trainer.lightning_module, datamodule=data, verbose=False)
+        metrics += trainer.validate(trainer.lightning_module, datamodule=data, ckpt_path=path, verbose=False)
+        again = fit_replicas(3, [NoLoCo(every=1)], strategy, **options)
+        return again.strategy.ranks.members, again.global_step, metrics
+
+    first, dead, last = run_on_ranks(3, go, may_die=True)
+    assert dead is None
+    assert first == last
+    assert first[:2] == ((0, 2), 3)
+    assert len(first[2]) == 2
+
+
+def test_the_last_survivor_goes_on() -> None:
+    class TwoDie(Dies):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_rank > 0 and trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def go() -> tuple[int, ...]:
+        warnings.filterwarnings("ignore", "rank .* is gone")
+        strategy = {"patience": 0.5, "timeout": 3.0, "final": "mean"}
+        trainer = fit_replicas(3, [NoLoCo(every=1), TwoDie(1, 1)], strategy, max_steps=3, max_epochs=-1)
+        return trainer.strategy.ranks.members
+
+    assert run_on_ranks(3, go, may_die=True) == [(0,), None, None]
+
+
+def test_of_two_ranks_the_one_that_comes_too_late_does_not_go_on_alone() -> None:
+    def go() -> str:
+        warnings.filterwarnings("ignore", "rank .* is gone")
+        rank = int(os.environ["LOCAL_RANK"])
+        dist.init_process_group("gloo", rank=rank, world_size=2)
+        ranks = Ranks(rank, 2, timeout=0.3, patience=0.1)
+        if rank == 1:
+            dist.distributed_c10d._get_default_store().wait(["passed over"])
+        try:
+            ranks.assemble()
+        except ReplicaLost as error:
+            return str(error)
+        finally:
+            store = dist.distributed_c10d._get_default_store()
+            store.set("passed over" if rank == 0 else "ended", "1")
+            store.wait(["ended"])
+        return str(ranks.members)
+
+    first, late = run_on_ranks(2, go)
+    assert first == "(0,)"
+    assert late == "rank 1 came more than 0.3 s late, and the others went on without it."
 
 
 def test_a_late_rank_is_passed_over_once() -> None:
