@@ -1,6 +1,7 @@
 """Saving and loading checkpoints that hold every replica: what each rank does, and what rank 0 does last."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def save_replica(
         UnwritableOutput: On all ranks, where one cannot write.
     """
     step = int(checkpoint["global_step"])
+    written: list[Path] = []
 
     def write_mine() -> ReplicaFile:
         if folder.is_file():
@@ -47,9 +49,8 @@ def save_replica(
         path = folder / replica_file_name(ranks.members.index(ranks.rank), step, _taken(folder))
         with atomic_path(path) as temporary:
             write(checkpoint, temporary)
+        written.append(path)
         return ReplicaFile(path.name, path.stat().st_size, file_digest(path), step)
-
-    files = ranks.gather(ranks.agree(write_mine))
 
     def finish() -> None:
         if not ranks.first:
@@ -62,6 +63,15 @@ def save_replica(
             )
         ReplicaManifest(folder, step, tuple(files)).write()
 
+    try:
+        mine = ranks.agree(write_mine)
+    except UnwritableOutput:  # on all ranks, so that no manifest will name these files
+        for path in written:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty: there is an earlier checkpoint, or another rank's file still
+            folder.rmdir()
+        raise
+    files = ranks.gather(mine)
     ranks.agree(finish)
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import torch
+import xxhash
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -36,11 +37,15 @@ def take_mean(module: LightningModule, ranks: Ranks) -> None:
     """
     tensors = saved_tensors(module)
 
+    infinities = ranks.object_from(ranks.members[0], _infinities(tensors))  # masks of −inf are alike on all
+
     def check() -> None:
+        own = _infinities(tensors)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.isnan().any():
+            odd = "NaN" if tensor.isnan().any() else "an infinity"
+            if odd == "NaN" or own.get(name) != infinities.get(name):
                 raise NonFiniteWeights(
-                    f"{name} holds NaN at the end of training, so there is no mean of the replicas. Train with a "
+                    f"{name} holds {odd} at the end of training, so there is no mean of the replicas. Train with a "
                     "smaller lr or with clipped gradients; final='all' ends without a mean."
                 )
 
@@ -51,6 +56,17 @@ def take_mean(module: LightningModule, ranks: Ranks) -> None:
             "ReplicaStrategy: the mean of the replicas has the mean of their BatchNorm statistics, which need not fit "
             "it. Estimate them anew from training data (`lightning-soup soup --recalibrate`, or torch's update_bn)."
         )
+
+
+def _infinities(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """By tensor that has some, a digest of where they lie."""
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.isinf().any():
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            signs = torch.where(real.isinf(), real.sign(), 0).to("cpu", torch.int8)
+            found[name] = xxhash.xxh3_128_hexdigest(signs.contiguous().numpy())
+    return found
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_soup.distributed.ranks import Ranks
 from lightning_soup.distributed.replica_ends import saved_tensors
@@ -85,12 +86,20 @@ def _check_shapes(shapes: Mapping[str, list[int]], ranks: Ranks) -> None:
             )
 
 
-def override_options(module: LightningModule, optimizers: Sequence[Optimizer], settings: Mapping[str, Any]) -> None:
+def override_options(
+    module: LightningModule, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], settings: Mapping[str, Any]
+) -> None:
     """Set options of optimizers that the module has no hyperparameter for.
 
     Raises:
-        UnsupportedSetup: An optimizer has no such option.
+        UnsupportedSetup: An optimizer has no such option, or a schedule would set it back.
     """
+    driving = [type(one).__name__ for one in schedulers if not isinstance(one, ReduceLROnPlateau)]
+    if "lr" in settings and driving:  # which have kept the rates that they began with
+        raise UnsupportedSetup(
+            f"ReplicaStrategy(overrides): {type(module).__name__} has no hyperparameter 'lr', and as an option of the "
+            f"optimizer {driving[0]} would set it back. Let configure_optimizers read self.hparams.lr."
+        )
     for name, value in settings.items():
         if any(name not in optimizer.defaults for optimizer in optimizers):
             known = [one for one in module.hparams if not one.startswith("_")]  # without what LightningCLI adds

@@ -196,7 +196,8 @@ class ReplicaStrategy(DDPStrategy):
             left = set_hyperparameters(self.lightning_module, mine)
         Strategy.setup(self, trainer)  # DDPStrategy's would wrap the module, or make all ranks equal
         if fitting:
-            override_options(self.lightning_module, self.optimizers, left)
+            schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+            override_options(self.lightning_module, self.optimizers, schedulers, left)
             self._resumed = bool(trainer._checkpoint_connector._loaded_checkpoint)
             if not self._resumed:
                 begin(self.lightning_module, self.ranks, self.common_start, self.base_seed + self.global_rank)
@@ -212,7 +213,13 @@ class ReplicaStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """Refuse numbers of batches that differ, as a rank that has more would wait for those that have ended."""
-        counts = self.ranks.gather(float(self.lightning_module.trainer.num_training_batches))
+        trainer = self.lightning_module.trainer
+        if self.final == "best" and trainer.fit_loop.epoch_loop.val_loop.skip:
+            raise UnsupportedSetup(
+                f"ReplicaStrategy(final='best', monitor={self.monitor!r}): there is no validation data in this fit "
+                "(limit_val_batches=0, or no val_dataloader) to choose by. Add it, or take final='mean' or 'all'."
+            )
+        counts = self.ranks.gather(float(trainer.num_training_batches))
         if any(count != counts[0] for count in counts):
             told = ", ".join(f"rank {rank}: {count:g}" for rank, count in zip(self.ranks.members, counts, strict=True))
             raise UnsupportedSetup(
@@ -253,7 +260,14 @@ class ReplicaStrategy(DDPStrategy):
     def on_validation_end(self) -> None:
         """Log mean and range over replicas of what they have logged each for itself, and how far they lie apart."""
         trainer = self.lightning_module.trainer
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self.world_size == 1:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.final == "best" and self.monitor not in trainer.callback_metrics:  # not only when all is trained
+            raise UnsupportedSetup(
+                f"ReplicaStrategy(monitor={self.monitor!r}): validation does not log it. "
+                f"Logged: {', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
+            )
+        if self.world_size == 1:
             return
         everyone = self.ranks.gather({name: float(value) for name, value in trainer.callback_metrics.items()})
         logged = {}

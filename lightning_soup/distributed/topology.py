@@ -57,7 +57,7 @@ def _of_edges(edges: Sequence[Sequence[int]], world_size: int, owner: str) -> An
     graph = nx.Graph()
     graph.add_nodes_from(range(world_size))
     for edge in edges:
-        pair = list(edge)
+        pair = list(edge) if isinstance(edge, Sequence) else []
         if len(pair) != 2 or pair[0] == pair[1] or not all(type(end) is int and 0 <= end < world_size for end in pair):
             raise UnsupportedSetup(f"{owner}: {edge!r} is no pair of two ranks from 0 to {world_size - 1}.")
         graph.add_edge(*pair)

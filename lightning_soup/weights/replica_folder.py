@@ -21,6 +21,7 @@ __all__ = ["MANIFEST_NAME", "ReplicaFile", "ReplicaManifest", "file_digest", "is
 MANIFEST_NAME = "replicas.json"
 _FORMAT = "lightning_soup replicas 1"
 _READ = 1 << 22
+_LONGEST = 100  # characters of a file's name
 _OURS = re.compile(r"replica-\d+-step-\d+(-[0-9a-f]+)?\.ckpt")
 
 
@@ -84,11 +85,13 @@ class ReplicaManifest:
             )
             if not files or not isinstance(step, int) or not plain:
                 raise ValueError("entries of other types, or none")
+            if len({file.name for file in files}) < len(files):
+                raise ValueError("two ranks have the same file")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UnreadableCheckpoint(f"{path}: damaged ({error}). Take an earlier checkpoint.") from error
         for rank, file in enumerate(files):
-            if Path(file.name).name != file.name or file.name in ("", ".", ".."):
-                raise UnreadableCheckpoint(f"{path}: names {file.name!r}, which is no file in its folder.")
+            if not _OURS.fullmatch(file.name) or len(file.name) > _LONGEST:
+                raise UnreadableCheckpoint(f"{path}: names {file.name[:80]!r}, which is no file of a replica.")
             if file.step != step:
                 raise UnreadableCheckpoint(
                     f"{path}: is of step {step}, but the file of rank {rank} ({file.name}) is of step {file.step}. "

@@ -143,6 +143,7 @@ def test_regular_graphs_are_regular_and_the_same_everywhere() -> None:
         ([[0, 1, 2]], 4, "no pair"),
         ([[0, 5]], 4, "no pair"),
         ([[1, 1]], 4, "no pair"),
+        ([0, 1], 4, "0 is no pair"),
         ([], 4, "not connected"),
     ],
 )
