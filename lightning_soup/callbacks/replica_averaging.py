@@ -108,7 +108,12 @@ class ReplicaAveraging(Callback):
         if not weights:
             raise UnsupportedSetup(f"{type(self).__name__}: {type(module).__name__} has no trainable parameter.")
         buffers = {name: buffer for name, buffer in saved_buffers(module).items() if buffer.is_floating_point()}
-        buffers = {name: buffer for name, buffer in buffers.items() if buffer.isfinite().all()}  # masks of −inf
+        known = (self._resumed or {}).get("names")  # an observer's least value is infinite only in the beginning
+        buffers = {
+            name: buffer
+            for name, buffer in buffers.items()
+            if (name in known if known else buffer.isfinite().all())  # without masks of −inf
+        }
         self._trainable = sum(parameter.requires_grad for parameter in module.parameters())
         self._layout = Layout.of(weights, buffers)
         self._tensors = [*weights.values(), *buffers.values()]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
@@ -48,6 +49,10 @@ def begin(module: LightningModule, ranks: Ranks, common_start: bool, seed: int) 
         return
     if _are_alike(tensors, ranks):
         ranks.agree(lambda: _make_anew(module, tensors, seed))
+        rank_zero_info(
+            "ReplicaStrategy(common_start=False): the weights were the same on all ranks; each begins with new ones "
+            "instead, of the module made anew from its hyperparameters."
+        )
     if _are_alike(tensors, ranks):
         raise UnsupportedSetup(f"{_ALIKE}, also when made anew: do they come from a file? {_INSTEAD}")
 

@@ -87,6 +87,28 @@ def test_a_resumed_fit_goes_on_bit_for_bit(tmp_path: Path, make_callback: Callab
     assert all(equal(one, other) for one, other in zip(whole, resumed, strict=True))
 
 
+class Observes(TinyClassifier):
+    """Keeps the least input seen, which is infinite before there was one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("least", torch.tensor(float("inf")))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.least.copy_(torch.minimum(self.least, batch[0].min()))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_buffer_that_was_infinite_in_the_beginning_can_be_resumed(tmp_path: Path) -> None:
+    def go(epochs: int, ckpt: str | None = None) -> dict[str, Tensor]:
+        options = {"callbacks": [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)], "enable_checkpointing": True}
+        return _fit(2, lambda: NoLoCo(every=2), max_epochs=epochs, ckpt_path=ckpt, make=Observes, **options)
+
+    whole = run_on_ranks(2, go, 2)
+    resumed = run_on_ranks(2, go, 2, str(tmp_path / "epoch=0.ckpt"))
+    assert all(equal(one, other) for one, other in zip(whole, resumed, strict=True))
+
+
 def _message(function: Callable[[], Any]) -> str:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
     try:
