@@ -1,6 +1,6 @@
 """Saving and loading checkpoints that hold every replica: what each rank does, and what rank 0 does last."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def save_replica(
         write: Writes a checkpoint to a path.
 
     Raises:
-        UnwritableOutput: On all ranks, where one cannot write.
+        UnwritableOutput: On all ranks, where one cannot write or they are at different steps.
     """
     step = int(checkpoint["global_step"])
     written: list[Path] = []
@@ -64,15 +64,24 @@ def save_replica(
         ReplicaManifest(folder, step, tuple(files)).write()
 
     try:
-        mine = ranks.agree(write_mine)
+        files = ranks.gather(ranks.agree(write_mine))
+        _check_steps(folder, files, ranks)
     except UnwritableOutput:  # on all ranks, so that no manifest will name these files
         for path in written:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # it is not empty: there is an earlier checkpoint, or another rank's file still
             folder.rmdir()
         raise
-    files = ranks.gather(mine)
     ranks.agree(finish)
+
+
+def _check_steps(folder: Path, files: Sequence[ReplicaFile], ranks: Ranks) -> None:
+    if len({file.step for file in files}) > 1:
+        steps = ", ".join(f"rank {rank}: {file.step}" for rank, file in zip(ranks.members, files, strict=True))
+        raise UnwritableOutput(
+            f"{folder}: the ranks have taken different numbers of optimizer steps ({steps}), and a fit could not go on "
+            "from that. Take as many on each, also in manual optimization."
+        )
 
 
 def load_replica(path: Path, ranks: Ranks) -> Path:

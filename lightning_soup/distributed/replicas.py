@@ -55,7 +55,8 @@ class ReplicaStrategy(DDPStrategy):
     Args:
         data: ``"shard"``: each replica trains on its own part of the data, as in ``ddp``. ``"full"``: each on all of
             it, in an order of its own.
-        eval_data: Likewise for validation and test data: ``"shard"`` judges each sample once, by one of the replicas.
+        eval_data: Likewise for validation and test data: ``"shard"`` judges each sample by one of the replicas (as in
+            ``ddp``, some twice where their number is no multiple of the replicas').
         seed: Random numbers of rank r begin with ``seed + r``; None: that of ``seed_everything``, or 0.
         common_start: All begin with rank 0's weights. False: each with its own: those made in ``configure_model``,
             which is called with the rank's own random numbers, or those of the module made anew from its
@@ -79,7 +80,8 @@ class ReplicaStrategy(DDPStrategy):
 
     Raises:
         UnsupportedSetup: Before training: ``sync_batchnorm``, unequal numbers of batches, an override without a value
-            for each rank or that nothing reads, replicas that do not differ where ``common_start=False``.
+            for each rank, that nothing reads or that a schedule would set back, replicas that do not differ where
+            ``common_start=False``, ``final="best"`` without validation.
         ReplicaLost: A process died, or did not answer within ``timeout``.
     """
 

@@ -166,3 +166,23 @@ def test_the_spread_of_complex_weights_is_that_of_both_parts() -> None:
         return ranks.spread([torch.tensor([1.0 + 2.0j * ranks.rank, 3.0])])
 
     assert run_on_ranks(2, go) == [0.5, 0.5]  # of four numbers one lies 1 from its mean, √(1/4)
+
+
+def test_replicas_at_different_steps_are_not_saved_together(tmp_path: Path) -> None:
+    class Uneven(TinyClassifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for _ in range(1 + self.global_rank):
+                self.optimizers().step()
+
+    def go() -> str:
+        trainer = fit_replicas(2, make=Uneven, max_epochs=1)
+        return _raised(lambda: trainer.save_checkpoint(tmp_path / "end.ckpt"))
+
+    for message in run_on_ranks(2, go):
+        assert "different numbers of optimizer steps (rank 0: 3, rank 1: 6)" in message
+    assert not list(tmp_path.iterdir())
