@@ -386,7 +386,8 @@ def test_a_rank_that_sleeps_past_the_timeout_is_named() -> None:
     for message in (first, third):
         assert message.startswith("ReplicaLost: ")
         assert "did not answer within 3 s" in message
-        assert "rank 1 at step 0" in message  # posted at most once a second
+    assert "rank 1 at step 0" in first  # posted at most once a second
+    assert "rank 1 at step 0" in third or "Rank 0, which holds the store" in third  # which may have ended by then
 
 
 def test_by_name_from_the_registry() -> None:

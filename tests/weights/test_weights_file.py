@@ -166,7 +166,7 @@ def test_wrong_sources_say_what_was_expected():
             open_checkpoint(source)
     with pytest.raises(TypeError):
         open_checkpoint(3)
-    with pytest.raises(ValueError, match="expected 'average', 'raw' or the name"):
+    with pytest.raises(ValueError, match="expected 'average', 'raw', the name"):
         open_checkpoint({"a": torch.ones(1)}, which="")
 
 
