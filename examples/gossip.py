@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing 
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from results import RESULTS, spread, verdicts, write
+from lightning.pytorch import LightningModule, seed_everything
+from results import RESULTS, SavesReplicas, quiet_trainer, spread, verdicts, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -160,33 +160,17 @@ def run(seed: int, setting: Setting) -> Curve:
     return curve
 
 
-class Saves(Callback):
-    """Keeps all nodes when training ends."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        trainer.save_checkpoint(Path(self.folder, "end.ckpt"))
-
-
 def on_processes(seed: int, corrected: bool) -> float:
     """Four processes in a ring, each with a start of its own; the mean of their accuracies."""
     x, y, x_test, y_test = digits(seed)
     seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu",
+        trainer = quiet_trainer(
+            -1,
+            [GossipAveraging("ring", variance_correction=corrected), SavesReplicas(folder)],
             devices=4,
             strategy=ReplicaStrategy(start_method="fork", common_start=False, final="all"),
             max_steps=TICKS,
-            max_epochs=-1,
-            callbacks=[GossipAveraging("ring", variance_correction=corrected), Saves(folder)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         trainer.fit(Mlp(), DataLoader(TensorDataset(x, y), BATCH, shuffle=True))
         found = []

@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing 
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from results import RESULTS, spread, verdicts, write
+from lightning.pytorch import LightningModule, seed_everything
+from results import RESULTS, SavesReplicas, quiet_trainer, spread, verdicts, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -163,17 +163,12 @@ def on_processes(seed: int) -> tuple[float, float, float]:
     modules, _, _ = simulate(seed, NoLoCoStep(), REAL)
     with tempfile.TemporaryDirectory() as folder:
         seed_everything(seed, verbose=False)
-        trainer = Trainer(
-            accelerator="cpu",
+        trainer = quiet_trainer(
+            -1,
+            [NoLoCo(every=EVERY), SavesReplicas(folder)],
             devices=REAL,
             strategy=ReplicaStrategy(start_method="fork", final="all"),
             max_steps=EVERY * ROUNDS,
-            max_epochs=-1,
-            callbacks=[NoLoCo(every=EVERY), Saves(folder)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         data, test = digits(seed)
         trainer.fit(start(seed, 1, EVERY * ROUNDS)[0], DataLoader(data, BATCH, shuffle=True))
@@ -187,19 +182,6 @@ def on_processes(seed: int) -> tuple[float, float, float]:
         module.load_state_dict(dict(open_checkpoint(Path(folder, "end.ckpt"), which="mean")))
         sent = float(Path(folder, "sent").read_text())
     return apart, loss_of(module, test), sent
-
-
-class Saves(Callback):
-    """Keeps all replicas when training ends, and what rank 0 has sent."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        trainer.save_checkpoint(Path(self.folder, "end.ckpt"))
-        if trainer.is_global_zero:
-            Path(self.folder, "sent").write_text(str(trainer.strategy.ranks.bytes_sent / 1e6))
 
 
 def run(seed: int) -> tuple[dict[str, float], dict[str, Trace]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -155,7 +156,4 @@ def _seed(seed: int) -> None:
 
 
 def _examples(loader: Any) -> int:
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return 0
+    return sized_len(getattr(loader, "dataset", None)) or 0
