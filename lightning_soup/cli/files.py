@@ -40,7 +40,7 @@ def soup(
         recipe: How the coefficients are chosen; UniformSoup by default. Recipes that choose by score need --config or
             --model and --data.
         output: The soup's file: .safetensors, or .ckpt, .pt, .pth, .bin in the shape of the first ingredient. Of PEFT
-            adapters also the name of a folder, which PeftModel.from_pretrained loads.
+            adapters and of folders of transformers also the name of a folder, which from_pretrained loads.
         init: The weights that all ingredients started from, for InterpolatedSoup (WiSE-FT) and AdaptiveSoup (AMA).
         recalibrate: Estimate BatchNorm statistics anew on training data. Needs --config or --model and --data.
     """

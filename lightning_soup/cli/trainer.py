@@ -16,10 +16,12 @@ from lightning_soup.evaluation.resolution import ResolutionSearch
 from lightning_soup.evaluation.resolution_table import ResolutionChoice
 from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
+from lightning_soup.recipes.soup_output import check_soup_output
 from lightning_soup.runs.cooking import cook_all, measure
 from lightning_soup.runs.resolution_report import log_resolution, resolution_table, test_scores, write_resolution
 from lightning_soup.runs.tracking import log_report, log_soup
 from lightning_soup.weights.atomic import check_writable, user_path
+from lightning_soup.weights.formats import WEIGHT_SUFFIXES
 from lightning_soup.weights.save import check_output
 from lightning_soup.weights.weights_file import open_checkpoint
 
@@ -91,8 +93,10 @@ class SoupTrainer(Trainer):
                 f"soup with recalibrate estimates BatchNorm statistics on training data, but "
                 f"{type(datamodule).__name__} has no train_dataloader(). Add one, or pass --recalibrate=false."
             )
-        check_output(output)
+        if user_path(output).suffix in WEIGHT_SUFFIXES:
+            check_output(output)
         found = gather_ingredients(ingredients, output=output)
+        check_soup_output(output, found)  # whether it may be a folder, they say
         start = None if init is None else Ingredient.from_path(init)
         evaluator = ModuleEvaluator(model, datamodule, metric, mode, self)
         shown = silent if self.progress_bar_callback is None else rich_progress

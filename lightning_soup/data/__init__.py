@@ -1,4 +1,4 @@
-"""Data modules: handwritten digits that need no network, image folders, torchvision's sets, texts; references for ZSCL.
+"""Data modules: digits that need no network, image folders, torchvision's sets, texts, prompts; references for ZSCL.
 
 Each name is imported when it is first used, since Lightning and torchvision are slow to import.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_soup.data.handwriting import Affine as Affine
     from lightning_soup.data.handwriting import HandwritingDataModule as HandwritingDataModule
     from lightning_soup.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_soup.data.prompts import PromptDataModule as PromptDataModule
     from lightning_soup.data.reference import Reference as Reference
     from lightning_soup.data.reference import ReferenceFiles as ReferenceFiles
     from lightning_soup.data.texts import TextDataModule as TextDataModule
@@ -25,6 +26,7 @@ _HOME = {
     "DigitStylesDataModule": "digit_styles",
     "HandwritingDataModule": "handwriting",
     "ImageFolderDataModule": "image_folder",
+    "PromptDataModule": "prompts",
     "Reference": "reference",
     "ReferenceFiles": "reference",
     "TextDataModule": "texts",

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -48,6 +48,8 @@ class TextDataModule(LightningDataModule):
             or transformers finds no tokenizer.
         MissingExtra: transformers is not installed.
     """
+
+    needs_completion: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -158,9 +160,9 @@ class TextDataModule(LightningDataModule):
     def _read(self, split: str) -> list[Example]:
         path = Path(self.files[split]).expanduser()
         found, left_out = [], 0
-        for prompt, text in _lines(path):
+        for prompt, text in _lines(path, self.needs_completion):
             tokens, labels = self._tokenized(prompt, text)
-            if any(label != _IGNORED for label in labels[1:]):
+            if any(label != _IGNORED for label in labels[1:]) or (labels and not self.needs_completion):
                 found.append((tokens, labels))
             else:
                 left_out += 1
@@ -188,7 +190,7 @@ class TextDataModule(LightningDataModule):
         return tokens[: self.max_length], labels[: self.max_length]
 
 
-def _lines(path: Path) -> Iterator[tuple[str | None, str]]:
+def _lines(path: Path, needs_completion: bool) -> Iterator[tuple[str | None, str]]:
     """Prompt, if there is one, and text of each line that is not empty."""
     try:
         content = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
@@ -200,13 +202,13 @@ def _lines(path: Path) -> Iterator[tuple[str | None, str]]:
         raise UnsupportedSetup(f"{path}: has no lines.")
     for number, line in lines:
         where = f"{path}, line {number}"
-        prompt, text = (None, line.rstrip("\r")) if path.suffix == ".txt" else _parsed(line, where)
+        prompt, text = (None, line.rstrip("\r")) if path.suffix == ".txt" else _parsed(line, where, needs_completion)
         if _HALF.search(f"{prompt}{text}"):
             raise UnsupportedSetup(f"{where}: holds half a character (\\ud800 to \\udfff alone), which is no text.")
         yield prompt, text
 
 
-def _parsed(line: str, where: str) -> tuple[str | None, str]:
+def _parsed(line: str, where: str, needs_completion: bool) -> tuple[str | None, str]:
     try:
         content = json.loads(line)
     except ValueError as error:
@@ -214,8 +216,8 @@ def _parsed(line: str, where: str) -> tuple[str | None, str]:
     fields = content if isinstance(content, dict) else {}
     if isinstance(fields.get("text"), str):
         return None, fields["text"]
-    if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
-        return fields["prompt"], fields["completion"]
-    raise UnsupportedSetup(
-        f'{where}: expected {{"text": …}} or {{"prompt": …, "completion": …}}, found {line.strip()[:80]!r}.'
-    )
+    completion = fields.get("completion") if needs_completion else ""
+    if isinstance(fields.get("prompt"), str) and isinstance(completion, str):
+        return fields["prompt"], completion
+    second = '"prompt": …, "completion": …' if needs_completion else '"prompt": …'
+    raise UnsupportedSetup(f'{where}: expected {{"text": …}} or {{{second}}}, found {line.strip()[:80]!r}.')

@@ -1,4 +1,4 @@
-"""LightningModules: classifiers with any model of timm and of open_clip, ensembles, and any causal language model.
+"""LightningModules: classifiers with any model of timm and of open_clip, ensembles, any causal language model.
 
 Each name is imported when it is first used, since Lightning, timm and open_clip are slow to import.
 """
@@ -7,12 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_soup.modules.alignment import SalsaPPO as SalsaPPO
     from lightning_soup.modules.causal_lm import CausalLM as CausalLM
     from lightning_soup.modules.classifier import ImageClassifier as ImageClassifier
     from lightning_soup.modules.clip import CLIPClassifier as CLIPClassifier
     from lightning_soup.modules.ensemble import AwareNet as AwareNet
     from lightning_soup.modules.families import Family as Family
     from lightning_soup.modules.lora import LoRA as LoRA
+    from lightning_soup.modules.policy_gradient import kl_to_reference as kl_to_reference
+    from lightning_soup.modules.rewards import RewardModel as RewardModel
+    from lightning_soup.modules.soup_reference import SoupReference as SoupReference
     from lightning_soup.modules.zscl import ZSCL as ZSCL
 
 _HOME = {
@@ -22,7 +26,11 @@ _HOME = {
     "Family": "families",
     "ImageClassifier": "classifier",
     "LoRA": "lora",
+    "RewardModel": "rewards",
+    "SalsaPPO": "alignment",
+    "SoupReference": "soup_reference",
     "ZSCL": "zscl",
+    "kl_to_reference": "policy_gradient",
 }
 
 

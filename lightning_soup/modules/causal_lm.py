@@ -16,7 +16,7 @@ from lightning_soup.modules.lora import LoRA, add_lora, config_in
 from lightning_soup.modules.optimization import adamw_with_cosine, check_ranges, parameter_groups
 from lightning_soup.weights.formats import ADAPTER_KEY
 
-__all__ = ["CausalLM", "Tokens"]
+__all__ = ["CausalLM", "Tokens", "new_language_model"]
 
 Tokens = Mapping[str, Tensor]
 _IGNORED = -100  # the target that torch's and transformers' losses leave out
@@ -69,7 +69,7 @@ class CausalLM(LightningModule):
         lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
         self.save_hyperparameters(ignore=["lora"])
         self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
-        self.model = _opened(model_name) if model_name is not None else _new(model_config)
+        self.model = _opened(model_name) if model_name is not None else new_language_model(model_config)
         # Loggers show where training started (they read the initial hyperparameters); a checkpoint brings its weights.
         configs = {"model_config": self.model.config, "generation_config": self.model.generation_config}
         plain = {name: c and json.loads(c.to_json_string(use_diff=True)) for name, c in configs.items()}
@@ -143,7 +143,16 @@ def _opened(name: str) -> nn.Module:
         ) from error
 
 
-def _new(config: Mapping[str, Any]) -> nn.Module:
+def new_language_model(config: Mapping[str, Any]) -> nn.Module:
+    """A causal language model of transformers with random weights, in float32.
+
+    Args:
+        config: Its ``model_type`` and what else is not at its default.
+
+    Raises:
+        UnsupportedSetup: transformers builds none from it.
+        MissingExtra: transformers is not installed.
+    """
     transformers = import_extra("transformers", "llm")
     try:
         return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).float()

@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_soup.errors import NonFiniteWeights, UnsupportedSetup
-from lightning_soup.weights.weights_file import open_checkpoint
+from lightning_soup.weights.weights_file import WeightsFile, open_checkpoint
 
-__all__ = ["head_layers", "load_initial_weights"]
+__all__ = ["head_layers", "load_initial_weights", "names_in_file"]
 
 _PREFIX = "model."  # where the classifiers keep their timm or open_clip model
 _OPTIONS = "model_name, img_size, in_chans, model_args"
@@ -40,12 +40,43 @@ def load_initial_weights(
         NonFiniteWeights: A parameter in it holds NaN or an infinity.
     """
     weights = open_checkpoint(path)
+    names = names_in_file(
+        model, weights, str(path), reset_head=reset_head, optional=optional, options=options, prefix=prefix
+    )
+    found = {name: weights[stored] for name, stored in names.items()}
+    for name, parameter in model.named_parameters():  # buffers may hold infinities, such as a causal mask's
+        if name in found and parameter.is_floating_point() and not found[name].isfinite().all():
+            raise NonFiniteWeights(
+                f"{path}: {names[name]} holds NaN or an infinity: its training diverged, or the file is damaged. Start "
+                "from another checkpoint."
+            )
+    model.load_state_dict(found, strict=False)
+
+
+def names_in_file(
+    model: nn.Module,
+    weights: WeightsFile,
+    path: str,
+    *,
+    reset_head: bool = False,
+    optional: Collection[str] = (),
+    options: str = _OPTIONS,
+    prefix: str = _PREFIX,
+) -> dict[str, str]:
+    """Under which name each tensor of a model stands in a checkpoint; see :func:`load_initial_weights`.
+
+    Raises:
+        UnsupportedSetup: The checkpoint's tensors are not those of the model; lists them.
+    """
     own = model.state_dict()
     # Name in the model -> name in the file.
     names = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
     if not names.keys() & own.keys():
         names = {name: name for name in weights}
     names = {name: stored for name, stored in names.items() if name in own or name not in optional}
+    for tied in open_checkpoint(model).ties:  # safetensors hold a tied tensor once, under one of its names
+        stored = next((names[name] for name in tied if name in names), None)
+        names |= {} if stored is None else {name: names.get(name, stored) for name in tied}
     head = {name for name in own if name.startswith(_head_prefixes(model))}
     if reset_head:
         wanted = own.keys() - head
@@ -71,14 +102,7 @@ def load_initial_weights(
             + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")
             + f"\nBuild the model as the checkpoint's was built: {options}."
         )
-    found = {name: weights[stored] for name, stored in names.items()}
-    for name, parameter in model.named_parameters():  # buffers may hold infinities, such as a causal mask's
-        if name in found and parameter.is_floating_point() and not found[name].isfinite().all():
-            raise NonFiniteWeights(
-                f"{path}: {names[name]} holds NaN or an infinity: its training diverged, or the file is damaged. Start "
-                "from another checkpoint."
-            )
-    model.load_state_dict(found, strict=False)
+    return names
 
 
 def head_layers(model: nn.Module) -> tuple[str, ...]:

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from lightning_soup.errors import UnsupportedSetup
 
-__all__ = ["adamw_with_cosine", "check_ranges", "parameter_groups", "warmup_cosine", "warmup_steps"]
+__all__ = ["adamw_with_cosine", "batches_in_all", "check_ranges", "parameter_groups", "warmup_cosine", "warmup_steps"]
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float | None) -> list[dict]:
@@ -69,6 +69,25 @@ def warmup_cosine(step: int, warmup: int, total_steps: int | float) -> float:
         return 1.0
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batches_in_all(trainer: Trainer, steps_per_batch: int) -> int:
+    """How many batches a training with manual optimization will see; ``max_steps`` counts optimizer steps there.
+
+    Args:
+        trainer: In ``configure_optimizers`` or later.
+        steps_per_batch: Optimizer steps that are taken for each batch.
+
+    Raises:
+        UnsupportedSetup: A training without an end.
+    """
+    endless = math.isinf(trainer.estimated_stepping_batches)  # it also looks at the data
+    limits = [] if trainer.max_steps < 0 else [math.ceil(trainer.max_steps / steps_per_batch)]
+    if not endless and (trainer.max_epochs or -1) > 0:
+        limits.append(trainer.num_training_batches * trainer.max_epochs)
+    if not limits:
+        raise UnsupportedSetup("schedule='linear' needs an end: give the Trainer max_steps or max_epochs.")
+    return min(limits)
 
 
 def adamw_with_cosine(module: LightningModule, groups: list[dict[str, Any]]) -> OptimizerLRScheduler:

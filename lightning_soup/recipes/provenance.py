@@ -15,7 +15,7 @@ from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.finishing import describe_finish, finish_, recorded_finish
 from lightning_soup.recipes.ingredient import refuse_overwriting
 from lightning_soup.recipes.recipe import Soup, with_statistics
-from lightning_soup.recipes.soup_output import save_terms
+from lightning_soup.recipes.soup_output import folder_of_output, save_terms
 from lightning_soup.weights.adapter_merging import AdapterMerging
 from lightning_soup.weights.adapters import adapter_in, is_adapter
 from lightning_soup.weights.combine import combine
@@ -149,11 +149,12 @@ def recook(path: str | os.PathLike, output: str | os.PathLike | None = None, pro
         if file.path is not None:
             refuse_overwriting(file.path, target)
     like = original if target.suffix != ".safetensors" else None
-    if target.parent.resolve() != folder.resolve():  # sources are named relative to the file
+    place = folder_of_output(target, original)
+    if place.resolve() != folder.resolve():  # sources are named relative to the file
         for item, file in zip(record["ingredients"], opened, strict=True):
-            item["source"] = _relative(file, target.parent)
+            item["source"] = _relative(file, place)
         if merging is not None and merging.base is not None:
-            record["merging"]["base"]["source"] = _relative(open_checkpoint(merging.base), target.parent)
+            record["merging"]["base"]["source"] = _relative(open_checkpoint(merging.base), place)
     alike = [resampled(file, i, plans) for i, file in enumerate(opened)]
     sources, coefficients = with_statistics(alike, record["coefficients"], _recorded_statistics(original, record))
     if merging is not None:

@@ -18,7 +18,7 @@ from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart, statistics_of
 from lightning_soup.recipes.finishing import Repruning, finish_
 from lightning_soup.recipes.ingredient import Ingredient
-from lightning_soup.recipes.soup_output import save_terms
+from lightning_soup.recipes.soup_output import folder_of_output, save_terms
 from lightning_soup.weights.adapter_merging import AdapterMerging
 from lightning_soup.weights.atomic import user_path
 from lightning_soup.weights.combine import combine
@@ -249,7 +249,7 @@ class Soup:
 
         Args:
             path: ``.safetensors`` (streamed, so memory stays small), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin``. Of
-                adapters, any other name is that of a folder for ``PeftModel.from_pretrained``.
+                adapters, and of folders of transformers, any other name is that of a folder for ``from_pretrained``.
             like: Checkpoint whose shape a torch file keeps; the first ingredient by default.
             progress: Shows how far it is.
 
@@ -270,7 +270,7 @@ class Soup:
             )
         sources, coefficients = self._terms(progress)
         first = self.sources[0] if self.merging is None else sources[0]
-        kept = {"like": like or first, "provenance": provenance_of(self, path.parent)}
+        kept = {"like": like or first, "provenance": provenance_of(self, folder_of_output(path, first))}
         if self.repruned is not None or self.corrected:  # which needs all tensors, or whole ones
             return save_weights(self.weights(), path, **kept)
         return save_terms(sources, coefficients, path, accumulate=self.accumulate, progress=progress, **kept)

@@ -102,9 +102,13 @@ def combine(
             f"{out}: combine writes safetensors. Name the file so, or use weights.save.save_combination."
         )
     target = None if out is None or to_file else open_target(out)
-    opened, parts = plan_combination(checkpoints, coefficients, accumulate, target)
-    if target is not None:
-        combine_in_place(parts, target, threads, progress)
+    if target is None:
+        opened, parts = plan_combination(checkpoints, coefficients, accumulate)
+    else:
+        opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+        held = _under_stored_names(target, opened)
+        opened, parts = plan_combination(opened, coefficients, accumulate, held)
+        combine_in_place(parts, held, threads, progress)
         return dict(target)
     if out is not None:
         write_parts(parts, Path(out), safetensors_layout(parts, metadata or {}), threads, progress)
@@ -210,6 +214,13 @@ def plan_combination(
         raise RecipeError(f"accumulate={accumulate!r}: expected 'float32' or 'float64'.")
     check_compatible(opened if target is None else [*opened, target])
     return opened, _plan(opened, coefficients, accumulate, (opened[0] if target is None else target).specs)
+
+
+def _under_stored_names(target: WeightsFile, opened: Sequence[WeightsFile]) -> WeightsFile:
+    """The target without those names of its tied tensors that no checkpoint has: some files hold such a tensor once."""
+    stored = set().union(*opened)
+    lacking = {name for tied in target.ties if stored.intersection(tied) for name in tied if name not in stored}
+    return target.only([name for name in target if name not in lacking])
 
 
 def plan_copy(weights: WeightsFile) -> list[Part]:

@@ -1,0 +1,424 @@
+"""SalsaPPO: PPO for language models, held to a soup of fine-tuned models (SALSA)."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.modules.alignment_checks import (
+    check_fit,
+    check_prompts,
+    check_values,
+    check_vocabularies,
+    special_tokens,
+)
+from lightning_soup.modules.causal_lm import CausalLM, Tokens
+from lightning_soup.modules.classification import in_a_loop
+from lightning_soup.modules.frozen_policies import FrozenPolicies
+from lightning_soup.modules.lora import LoRA
+from lightning_soup.modules.optimization import batches_in_all, parameter_groups
+from lightning_soup.modules.policy_gradient import (
+    advantages_and_returns,
+    controlled_beta,
+    kl_to_reference,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from lightning_soup.modules.rewards import Reward, RewardModel, agreed_scores
+from lightning_soup.modules.rollouts import (
+    Rollout,
+    fork_rng,
+    hidden_width,
+    kinds_of_tokens,
+    model_inputs,
+    sample,
+    token_log_probabilities,
+    until_end,
+)
+from lightning_soup.modules.soup_reference import SoupReference
+from lightning_soup.modules.zero_shot import evaluating
+
+__all__ = ["SalsaPPO"]
+
+_STATE = "salsa"  # where checkpoints keep what is no weight
+
+
+class SalsaPPO(CausalLM):
+    """A causal language model that learns from rewards by PPO and is held to a soup of fine-tuned models.
+
+    Maximises E[r(x, y) − β·KL(π_θ(·|x)‖π_ref(·|x))] over responses y that the policy π_θ writes to prompts x. π_ref
+    has the weights Σ_i c_i·θ_i of models that were fine-tuned apart from one start, and never changes. The policy
+    starts from one of them, θ_1, **not** from the soup: its KL divergence is above 0 from the first step on, by design.
+    Without ``reference`` π_ref is θ_1 itself, which is plain PPO.
+
+    Batches are mappings of prompts, ``input_ids`` and ``attention_mask`` ``[B, P]``, padded on the left;
+    :class:`.PromptDataModule` makes them. In each step the policy writes a response to each prompt, and then learns
+    from all of them for ``epochs`` passes of ``minibatches`` optimizer steps each: ``trainer.global_step`` counts
+    these. Dropout is off everywhere. What is drawn at random depends on the seed and the number of the batch alone, so
+    that a resumed training goes on bit by bit.
+
+    Logs, in training and with ``val_`` in validation: ``reward``, the mean score; ``kl``, the divergence from the
+    reference in nats a response, by k1; ``objective``, reward − β·kl; ``length``. In training also ``beta``,
+    ``policy_loss``, ``value_loss``, ``clipped`` (share of tokens whose ratio left 1 ± ε) and ``entropy``, in
+    validation ``kl_start``, the divergence from θ_1: only this can be compared between references, since KL to its own
+    soup flatters SALSA. Report, too, what the soup does without any training.
+
+    Manual optimization has no ``Trainer(accumulate_grad_batches, gradient_clip_val)``: take ``micro_batches`` and
+    ``max_grad_norm``. To compile the networks, call ``module.model.compile()``. Checkpoints hold policy and value
+    function, not the reference: what it is made of is named there.
+
+    Args:
+        model_name: θ_1: a folder of transformers, or a name on the Hugging Face hub (downloaded once).
+        model_config: Instead, a new model: ``{model_type: llama, hidden_size: 64, …}``.
+        reward: ``reward(sequences, kinds) -> scores``: a function, an object that can be called, or
+            :class:`.RewardModel`; see :data:`.Reward`. In YAML the name of a function, or a ``class_path``.
+        reference: What π_ref is made of; None: θ_1.
+        beta: β. If it is large, the policy is taught by the divergence instead of the reward.
+        kl_estimator: ``k1`` or ``k3``, see :func:`.kl_to_reference`.
+        kl_target: Instead of a fixed β, adapt it so that the divergence becomes so many nats a response. Ask for more
+            than the divergence at the start, which is not 0.
+        kl_horizon: Responses within which β is adapted.
+        max_new_tokens: Tokens of a response at most.
+        temperature: That responses are drawn with, and that both policies are compared at.
+        epochs: Passes over the responses of a batch.
+        minibatches: Optimizer steps in a pass.
+        micro_batches: Parts in which a minibatch passes through the model, to save memory; the step is the same.
+        gamma: γ.
+        lam: λ of generalised advantage estimation.
+        epsilon: ε of the ratio's clip.
+        epsilon_value: ε_v of the value's clip.
+        value_weight: c_v: the loss is that of the policy + c_v times that of the value function.
+        value: ``head``: the value function is a linear layer on the policy's last states; ``network``: it has a copy
+            of θ_1 of its own under it.
+        kl_to_start: Log ``val_kl_start``; without ``reference`` it costs nothing, else a copy of θ_1 in memory.
+        lora: Train low-rank adapters only, by peft, on θ_1.
+        lr: Learning rate.
+        lr_value: Of the value function; then it has an optimizer of its own.
+        schedule: ``constant``, or ``linear`` down to 0 at the last batch.
+        max_grad_norm: The gradients' norm at most, of each optimizer; None: as it is.
+        weight_decay: Of matrices only.
+        betas: Of AdamW.
+        seed: Of the responses and of the order in which they are learned from.
+
+    Raises:
+        UnsupportedSetup: What :class:`.CausalLM` refuses, or a value out of range; before training: checkpoints that do
+            not fit the policy, another vocabulary, a strategy other than one device or DDP, two optimizers under a
+            gradient scaler; in training: prompts padded on the right, a reward of the wrong shape.
+        NonFiniteScore: A reward is NaN or infinite.
+        NonFiniteWeights: A checkpoint of the reference holds NaN.
+
+    Source: Chegini et al., SALSA (arXiv 2411.01798); no official code is known. What of PPO the paper leaves open has
+    the defaults of TRL.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        model_config: dict[str, Any] | None = None,
+        reward: Reward | None = None,
+        reference: SoupReference | None = None,
+        beta: float = 0.05,
+        kl_estimator: Literal["k1", "k3"] = "k1",
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+        epochs: int = 4,
+        minibatches: int = 1,
+        micro_batches: int = 1,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        epsilon: float = 0.2,
+        epsilon_value: float = 0.2,
+        value_weight: float = 0.1,
+        value: Literal["head", "network"] = "head",
+        kl_to_start: bool = True,
+        lora: LoRA | None = None,
+        lr: float = 3e-6,
+        lr_value: float | None = None,
+        schedule: Literal["constant", "linear"] = "constant",
+        max_grad_norm: float | None = 1.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        seed: int = 0,
+    ):
+        super().__init__(model_name, model_config, lora, lr, weight_decay, betas)
+        check_values(self.hparams)
+        self.automatic_optimization = False
+        self.beta, self.batches = beta, 0  # β now; how many batches of responses there were
+        # In a mapping, since a reward that is a module is neither trained nor saved.
+        self._given: dict[str, Any] = {"reward": reward, "reference": reference}
+        self._frozen: FrozenPolicies | None = None
+        self.value_network = copy.deepcopy(self.policy.base_model) if value == "network" else None
+        self.value_head = nn.Linear(hidden_width(self.policy), 1)
+        nn.init.zeros_(self.value_head.weight)  # V = 0: it neither draws random numbers, nor begins with a guess
+        nn.init.zeros_(self.value_head.bias)
+
+    def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **options: Any) -> None:
+        """All but reward and reference, which are no plain values."""
+        frame = frame or inspect.currentframe().f_back
+        left_out = ["lora", "reward", "reference"]
+        super().save_hyperparameters(*args, frame=frame, **{**options, "ignore": left_out} if not args else options)
+
+    @property
+    def policy(self) -> nn.Module:
+        """The language model itself, with its adapters where it has some."""
+        return self.model if self.hparams.lora is None else self.model.get_base_model()
+
+    # -------------------------------------------------------------------------------------------------- before training
+
+    def setup(self, stage: str) -> None:
+        """Build the reference, and look at everything before a token is written."""
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+        reward, reference = self._given["reward"], self._given["reference"]
+        check_fit(self.trainer, reward, two_optimizers=self.hparams.lr_value is not None)
+        check_vocabularies(self.policy, reference, reward, tokenizer)
+        self._ends, self._pad = special_tokens(self.policy, tokenizer)
+        if stage == "fit":
+            self.beta, self.batches = self.hparams.beta, 0
+        # Where a trained policy is only validated, θ_1 is not known.
+        start = stage == "fit" and (reference is None or self.hparams.kl_to_start)
+        self._frozen = FrozenPolicies(self, reference, start)
+
+    def on_fit_start(self) -> None:
+        """Bring what is frozen to the device, in the type that the policy has by now."""
+        self._place()
+
+    def on_validation_start(self) -> None:
+        """Likewise, where there is no fit."""
+        self._place()
+
+    def _place(self) -> None:
+        self._frozen.place()
+        reward = self._given["reward"]
+        if isinstance(reward, (nn.Module, RewardModel)):
+            reward.to(self.device)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW for all, or one for the policy and one for the value function."""
+        hparams = self.hparams
+        groups = parameter_groups(self.policy, hparams.lr, hparams.weight_decay, None)
+        valued = [part for part in (self.value_network, self.value_head) if part is not None]
+        lr = hparams.lr if hparams.lr_value is None else hparams.lr_value
+        more = [
+            {**group, "lr": lr} for part in valued for group in parameter_groups(part, lr, hparams.weight_decay, None)
+        ]
+        split = [groups + more] if hparams.lr_value is None else [groups, more]
+        optimizers = [torch.optim.AdamW(each, lr=hparams.lr, betas=hparams.betas) for each in split]
+        if hparams.schedule == "constant":
+            return optimizers
+        batches = batches_in_all(self.trainer, self.steps_per_batch)
+        return optimizers, [
+            torch.optim.lr_scheduler.LambdaLR(each, lambda batch: max(1 - batch / batches, 0.0)) for each in optimizers
+        ]
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps, of all optimizers, that are taken for each batch of prompts."""
+        return self.hparams.epochs * self.hparams.minibatches * (1 if self.hparams.lr_value is None else 2)
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    @torch.compiler.disable  # neither writing token by token nor backward passes are a graph
+    def training_step(self, batch: Tokens, batch_idx: int) -> None:
+        """Write a response to each prompt, and learn from all of them."""
+        with evaluating(self):  # without dropout, which would make KL of noise
+            rollout, figures = self.rollout(batch, self.seed_of("train", self.batches))
+            figures |= self.learn(rollout)
+        for schedule in _listed(self.lr_schedulers()):
+            schedule.step()
+        self.batches += 1
+        if self.hparams.kl_target is not None:
+            ranks = self.trainer.world_size
+            kl, responses = float(self._total(figures["kl"])) / ranks, ranks * len(rollout.scores)
+            self.beta = controlled_beta(self.beta, kl, self.hparams.kl_target, self.hparams.kl_horizon, responses)
+        if in_a_loop(self):
+            named = {f"train_{name}": value for name, value in figures.items()}
+            self.log_dict(named, batch_size=len(rollout.scores), sync_dist=True)
+
+    def rollout(self, batch: Tokens, seed: int) -> tuple[Rollout, dict[str, Tensor]]:
+        """Responses to a batch of prompts, with their rewards and advantages.
+
+        Args:
+            batch: The prompts.
+            seed: Of what is drawn.
+
+        Returns:
+            The responses, and what is logged of them.
+        """
+        prompts, attention = check_prompts(batch)
+        hparams = self.hparams
+        with torch.no_grad(), evaluating(self):
+            with fork_rng(seed, prompts.device):
+                responses = sample(
+                    self.policy,
+                    prompts,
+                    attention,
+                    max_new_tokens=hparams.max_new_tokens,
+                    temperature=hparams.temperature,
+                    ends=self._ends,
+                    pad=self._pad,
+                )
+            mask = until_end(responses, self._ends)
+            sequences, attention = torch.cat([prompts, responses], 1), torch.cat([attention, mask], 1)
+            log_old, values = self.evaluate(sequences, attention, mask)
+            log_ref = self._frozen.log_probabilities("reference", sequences, attention, mask)
+            log_ref = log_old if log_ref is None else log_ref  # a trained policy is validated, and θ_1 not known
+            scores = agreed_scores(self._given["reward"], sequences, kinds_of_tokens(attention, mask), self._total)
+            kl = kl_to_reference(log_old, log_ref, hparams.kl_estimator)
+            rewards = token_rewards(kl, scores.to(kl), mask, self.beta)
+            advantages, returns = advantages_and_returns(rewards, values, mask, hparams.gamma, hparams.lam)
+            whitened = whiten(advantages, mask, self._total)
+        kl = divergence(log_old, log_ref, mask)
+        figures = {
+            "reward": scores.mean(),
+            "kl": kl,
+            "objective": scores.mean() - self.beta * kl,
+            "length": mask.sum(1).float().mean(),
+            "beta": torch.tensor(self.beta),
+            "entropy": -(log_old * mask).sum() / mask.sum(),
+        }
+        return Rollout(sequences, attention, mask, scores, log_old, log_ref, values, whitened, returns), figures
+
+    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Take the optimizer steps of a batch of responses.
+
+        Returns:
+            What is logged of them.
+        """
+        hparams, optimizers = self.hparams, _listed(self.optimizers())
+        count = len(rollout.scores)
+        generator = torch.Generator().manual_seed(self.seed_of("order", self.batches))
+        device = rollout.scores.device
+        sums = torch.zeros(4, device=device)
+        for _ in range(hparams.epochs):
+            order = torch.randperm(count, generator=generator).to(device)
+            for rows in order.tensor_split(min(hparams.minibatches, count)):
+                tokens = self._total(rollout.mask[rows].sum())
+                parts = rows.tensor_split(min(hparams.micro_batches, len(rows)))
+                for number, part in enumerate(parts, 1):
+                    sums += self._backward(rollout.part(part), tokens, last=number == len(parts))
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        policy, value, clipped, seen = sums
+        return {"policy_loss": policy / seen, "value_loss": value / seen, "clipped": clipped / seen}
+
+    def _backward(self, part: Rollout, tokens: Tensor, last: bool) -> Tensor:
+        """Add the gradient of some responses, as their share of a minibatch of so many tokens on all ranks."""
+        hparams, mask = self.hparams, part.mask
+        strategy = self.trainer.strategy
+        # DDP exchanges gradients once a step, with the last part.
+        waits = nullcontext() if last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
+        with waits:
+            log_pi, values = self.evaluate(part.sequences, part.attention, mask)
+            of_policy = (policy_loss(log_pi, part.log_old, part.advantages, hparams.epsilon) * mask).sum()
+            of_value = (value_loss(values, part.old_values, part.returns, hparams.epsilon_value) * mask).sum()
+            # DDP takes the mean over ranks, of sums that are to be added.
+            share = self.trainer.world_size / tokens
+            self.manual_backward((of_policy + hparams.value_weight * of_value) * share)
+        ratio = (log_pi.detach() - part.log_old).exp()
+        clipped = (((ratio - 1).abs() > hparams.epsilon) * mask).sum()
+        return torch.stack([of_policy.detach(), of_value.detach(), clipped, mask.sum()]).float()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients, which a gradient scaler has brought to their size by now."""
+        if self.hparams.max_grad_norm is not None:
+            self.clip_gradients(optimizer, self.hparams.max_grad_norm, "norm")
+
+    def evaluate(self, sequences: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Give log π_θ of each token of the responses, and V before it, ``[B, T]`` both, 0 after the ends."""
+        shared, count = self.value_network is None, mask.shape[1]
+        log_pi, states = token_log_probabilities(
+            self.policy, sequences, attention, count, self.hparams.temperature, hidden=shared
+        )
+        if not shared:
+            inputs = model_inputs(self.value_network, sequences, attention)
+            states = self.value_network(**inputs).last_hidden_state[:, -count - 1 : -1]
+        return log_pi * mask, self.value_head(states).squeeze(2).to(log_pi) * mask
+
+    def _total(self, value: Tensor) -> Tensor:
+        """The sum over ranks."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+
+    def seed_of(self, purpose: Literal["train", "val", "test", "order"], number: int) -> int:
+        """The seed of what is drawn for a batch on this rank."""
+        which = ("train", "val", "test", "order").index(purpose)
+        return ((self.hparams.seed * 4 + which) * 65_536 + self.global_rank) * 4_194_304 + number
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: Tokens, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
+        """Write responses, the same in every validation as far as the policy is; gives their mean reward."""
+        return self._judge("val", batch, batch_idx)
+
+    def test_step(self, batch: Tokens, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
+        """The same."""
+        return self._judge("test", batch, batch_idx)
+
+    @torch.compiler.disable
+    def _judge(self, stage: Literal["val", "test"], batch: Tokens, batch_idx: int) -> Tensor:
+        rollout, figures = self.rollout(batch, self.seed_of(stage, batch_idx))
+        named = {name: figures[name] for name in ("reward", "kl", "objective", "length")}
+        log_start = self._frozen.log_probabilities("start", rollout.sequences, rollout.attention, rollout.mask)
+        if log_start is not None and self.hparams.kl_to_start:
+            named["kl_start"] = divergence(rollout.log_old, log_start, rollout.mask)
+        if in_a_loop(self):
+            logged = {f"{stage}_{name}": value for name, value in named.items()}
+            self.log_dict(logged, batch_size=len(rollout.scores), on_epoch=True, sync_dist=True)
+        return figures["reward"]
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep β, the number of batches, and which reference it was. The reference itself is not written."""
+        super().on_save_checkpoint(checkpoint)
+        reference = self._given["reference"]
+        made_of = None if reference is None else reference.plain()
+        checkpoint[_STATE] = {
+            "beta": self.beta,
+            "batches": self.batches,
+            "reference": made_of,
+            "digest": self._frozen.digest,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the training was ended.
+
+        Raises:
+            UnsupportedSetup: The reference, or θ_1 in its place, is another one now.
+        """
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get(_STATE)
+        if state is None or self._trainer is None or self._trainer.state.fn != "fit":
+            return
+        if state["digest"] != self._frozen.digest:
+            raise UnsupportedSetup(
+                f"The checkpoint was trained with the reference {state['reference'] or 'model_name'}, whose weights "
+                f"were {state['digest']}; they are {self._frozen.digest} now. Give the same reference and model_name, "
+                "or start anew."
+            )
+        self.beta, self.batches = state["beta"], state["batches"]
+
+
+def divergence(log_pi: Tensor, log_ref: Tensor, mask: Tensor) -> Tensor:
+    """The mean over responses of Σ_t k1_t, which estimates KL(π‖π_ref) in nats a response."""
+    return (kl_to_reference(log_pi, log_ref) * mask).sum(1).mean()
+
+
+def _listed(found: Any) -> Sequence[Any]:
+    if found is None:
+        return []
+    return found if isinstance(found, (list, tuple)) else [found]
