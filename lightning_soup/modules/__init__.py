@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from lightning_soup.modules.families import Family as Family
     from lightning_soup.modules.lora import LoRA as LoRA
     from lightning_soup.modules.policy_gradient import kl_to_reference as kl_to_reference
+    from lightning_soup.modules.regularizers import L2SP as L2SP
+    from lightning_soup.modules.regularizers import ReferenceKL as ReferenceKL
     from lightning_soup.modules.rewards import RewardModel as RewardModel
     from lightning_soup.modules.soup_reference import SoupReference as SoupReference
     from lightning_soup.modules.zscl import ZSCL as ZSCL
 
 _HOME = {
+    "L2SP": "regularizers",
+    "ReferenceKL": "regularizers",
     "AwareNet": "ensemble",
     "CLIPClassifier": "clip",
     "CausalLM": "causal_lm",

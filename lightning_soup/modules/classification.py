@@ -14,11 +14,13 @@ from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.robustness import Classes, check_classes, project, project_targets
 from lightning_soup.layers.moe import RandomUniformMoE
 from lightning_soup.modules.optimization import adamw_with_cosine, parameter_groups
+from lightning_soup.modules.regularizers import Regularizer
 from lightning_soup.weights.formats import CLASS_NAMES_KEY, EXPERTS_KEY
 
 __all__ = ["Batch", "ClassificationModule", "in_a_loop"]
 
 Batch = tuple[Tensor, Tensor]
+_REGULARIZER = "regularizer"  # where checkpoints keep what the training was held to
 
 
 class ClassificationModule(LightningModule, ABC):
@@ -36,14 +38,30 @@ class ClassificationModule(LightningModule, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        self.regularizer: Regularizer | None = None
         self.accuracies = nn.ModuleDict({"val": nn.ModuleList(), "test": nn.ModuleList()})
 
     @abstractmethod
     def trained_part(self) -> nn.Module:
         """The module whose parameters are optimized; it may name those without decay (``no_weight_decay()``)."""
 
+    def setup(self, stage: str) -> None:
+        """Build what the regularizer holds the training to."""
+        if stage == "fit" and self.regularizer is not None:
+            self.regularizer.prepare(self)
+
+    def on_fit_start(self) -> None:
+        """Bring it to where the module is by now."""
+        if self.regularizer is not None:
+            self.regularizer.place(self)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which class each output is, where the data has names, so that nothing is combined in another order."""
+        """Say which class each output is, where the data has names, so that nothing is combined in another order.
+
+        Say, too, what a regularizer holds the training to.
+        """
+        if self.regularizer is not None and self.regularizer.digest:
+            checkpoint[_REGULARIZER] = {"name": self.regularizer.name, "digest": self.regularizer.digest}
         names = getattr(self.trainer.datamodule, CLASS_NAMES_KEY, None) if self._trainer is not None else None
         if names is not None:
             checkpoint[CLASS_NAMES_KEY] = [str(name) for name in names]
@@ -52,9 +70,17 @@ class ClassificationModule(LightningModule, ABC):
         """Load the plain model, also of a file with experts (:class:`.ExpertsWeightAveraging`).
 
         Raises:
-            UnsupportedSetup: A training is resumed from such a file without the callback.
+            UnsupportedSetup: A training is resumed from such a file without the callback, or held to something else.
         """
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        held = checkpoint.get(_REGULARIZER)
+        own = self.regularizer and {"name": self.regularizer.name, "digest": self.regularizer.digest}
+        if fitting and held != own:
+            raise UnsupportedSetup(
+                f"The checkpoint was trained with the regularizer {held or 'None'}, and now there is {own or 'None'}. "
+                "To resume give the same one, over the same checkpoints; for another one begin a training from the "
+                "checkpoint's weights, with checkpoint_path."
+            )
         if fitting and EXPERTS_KEY in checkpoint and not any(isinstance(p, RandomUniformMoE) for p in self.modules()):
             raise UnsupportedSetup(
                 "The checkpoint is of a training with ExpertsWeightAveraging. Add the callback to the Trainer, with "
@@ -77,18 +103,29 @@ class ClassificationModule(LightningModule, ABC):
         loss = self.training_loss(batch)
         if in_a_loop(self):
             self.log("train_loss", loss, prog_bar=True)
+            if self.regularizer is not None:
+                self.log(f"train_{self.regularizer.name}", self._figure)
         return loss
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """Cross entropy of a batch, with label smoothing and mixup."""
+        """Cross entropy of a batch, with label smoothing and mixup, and what the regularizer adds."""
         images, targets = batch
         alpha = self.hparams.mixup
         if alpha == 0:
-            return self._train_loss(self(images), targets)
+            logits = self(images)
+            return self._regularized(self._train_loss(logits, targets), images, logits)
         blend = torch.distributions.Beta(alpha, alpha).sample().to(images)
         partner = torch.randperm(len(images), device=images.device)
-        logits = self(torch.lerp(images[partner], images, blend))
-        return torch.lerp(self._train_loss(logits, targets[partner]), self._train_loss(logits, targets), blend)
+        images = torch.lerp(images[partner], images, blend)
+        logits = self(images)
+        loss = torch.lerp(self._train_loss(logits, targets[partner]), self._train_loss(logits, targets), blend)
+        return self._regularized(loss, images, logits)
+
+    def _regularized(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        if self.regularizer is None:
+            return loss
+        penalty, self._figure = self.regularizer(self, images, logits)
+        return loss + penalty
 
     def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.hparams.label_smoothing)

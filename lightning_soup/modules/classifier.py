@@ -12,6 +12,7 @@ from lightning_soup.modules.classification import Batch, ClassificationModule
 from lightning_soup.modules.initial_weights import head_layers, load_initial_weights
 from lightning_soup.modules.lora import LoRA, add_lora, config_in
 from lightning_soup.modules.optimization import check_ranges
+from lightning_soup.modules.regularizers import Regularizer
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
 from lightning_soup.modules.train_sizes import TrainSizes
 from lightning_soup.weights.formats import ADAPTER_KEY
@@ -57,6 +58,7 @@ class ImageClassifier(ClassificationModule):
             size: of larger sizes fewer images are taken. 1: no step costs more tokens than one without ``train_sizes``.
         lora: Train low-rank adapters and the head only, by peft: ``{r: 8, alpha: 16, targets: [qkv]}``. ``self.model``
             is then a ``PeftModel``.
+        regularizer: What holds the training to an earlier model or a soup: :class:`.ReferenceKL`, :class:`.L2SP`.
 
     Raises:
         UnsupportedSetup: timm does not know the model or its arguments, a value is out of range, or the checkpoint does
@@ -88,6 +90,7 @@ class ImageClassifier(ClassificationModule):
         train_sizes: list[int] | None = None,
         token_budget: float | None = None,
         lora: LoRA | None = None,
+        regularizer: Regularizer | None = None,
     ):
         super().__init__()
         if num_classes < 2:
@@ -101,9 +104,10 @@ class ImageClassifier(ClassificationModule):
             raise UnsupportedSetup(f"layer_decay={layer_decay} is for training all layers; leave it out beside lora.")
         if token_budget is not None and train_sizes is None:
             raise UnsupportedSetup(f"token_budget={token_budget} is for train_sizes: give them, or leave it out.")
-        self.save_hyperparameters(ignore=["lora"])
+        self.save_hyperparameters(ignore=["lora", "regularizer"])
         lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
         self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
+        self.regularizer = regularizer
         self.train_sizes = None if train_sizes is None else TrainSizes(train_sizes, token_budget)
         # What the starting weights do not bring, the head for new classes, is drawn from a seed of its own: runs that
         # are seeded apart must still start from one point, or their average is of no use.
@@ -152,6 +156,7 @@ class ImageClassifier(ClassificationModule):
                 f"The data has {classes} classes, the head of the model {self.hparams.num_classes}. "
                 f"Set num_classes={classes}."
             )
+        super().setup(stage)
 
     def _check_train_sizes(self) -> None:
         """Refuse sizes that the model cannot take, or cannot change between."""

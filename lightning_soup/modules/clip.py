@@ -31,6 +31,7 @@ from lightning_soup.modules.clip_models import (
 )
 from lightning_soup.modules.initial_weights import load_initial_weights
 from lightning_soup.modules.optimization import check_ranges
+from lightning_soup.modules.regularizers import Regularizer
 from lightning_soup.modules.zero_shot import (
     IMAGENET,
     check_tokens,
@@ -92,6 +93,7 @@ class CLIPClassifier(ClassificationModule):
         warmup: Steps of linear warm-up: a whole number, or a fraction of the training.
         label_smoothing: Share of the target spread over all classes, in training only.
         mixup: α of mixup (Zhang et al. 2018): pairs of images are blended with λ ~ Beta(α, α). 0: none.
+        regularizer: What holds the training to an earlier model or a soup: :class:`.ReferenceKL`, :class:`.L2SP`.
 
     Raises:
         UnsupportedSetup: open_clip does not know the model or its weights, class names or templates are unusable, a
@@ -120,6 +122,7 @@ class CLIPClassifier(ClassificationModule):
         warmup: int | float = 0.1,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        regularizer: Regularizer | None = None,
     ):
         super().__init__()
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup)
@@ -131,7 +134,8 @@ class CLIPClassifier(ClassificationModule):
                 f"pretrained={pretrained!r} beside {other}: pretrained names open_clip's own weights of model_name. "
                 "Give one of them."
             )
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["regularizer"])
+        self.regularizer = regularizer
         names = None if classnames is None else read_classnames(classnames)
         self.templates = read_templates(templates)
         own = not isinstance(templates, str) or "{}" in templates
@@ -292,6 +296,7 @@ class CLIPClassifier(ClassificationModule):
                 self._name(words)
         elif found is not None:
             check_classnames(self.classnames, found)
+        super().setup(stage)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the checkpoint's trained head where this one is written in words; refuse one of other classes.
