@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import FrameType
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from lightning_soup.modules.policy_gradient import (
     value_loss,
     whiten,
 )
-from lightning_soup.modules.rewards import Reward, RewardModel, agreed_scores
+from lightning_soup.modules.rewards import RewardModel, agreed_scores
 from lightning_soup.modules.rollouts import (
     Rollout,
     fork_rng,
@@ -109,6 +109,9 @@ class SalsaPPO(CausalLM):
         weight_decay: Of matrices only.
         betas: Of AdamW.
         seed: Of the responses and of the order in which they are learned from.
+        generation_config: As of :class:`.CausalLM`; of it the end and padding tokens are used here, nothing else.
+        start: θ_1, where ``model_name`` is not given. Checkpoints hold it, so that a training that is resumed by
+            ``lightning-soup fit --ckpt_path`` knows what it started from.
 
     Raises:
         UnsupportedSetup: What :class:`.CausalLM` refuses, or a value out of range; before training: checkpoints that do
@@ -125,7 +128,7 @@ class SalsaPPO(CausalLM):
         self,
         model_name: str | None = None,
         model_config: dict[str, Any] | None = None,
-        reward: Reward | None = None,
+        reward: Callable | None = None,  # a `Reward`; what it returns would tell jsonargparse to expect a class of it
         reference: SoupReference | None = None,
         beta: float = 0.05,
         kl_estimator: Literal["k1", "k3"] = "k1",
@@ -151,9 +154,13 @@ class SalsaPPO(CausalLM):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         seed: int = 0,
+        generation_config: dict[str, Any] | None = None,
+        start: str | None = None,
     ):
-        super().__init__(model_name, model_config, lora, lr, weight_decay, betas)
+        super().__init__(model_name, model_config, lora, lr, weight_decay, betas, generation_config=generation_config)
         check_values(self.hparams)
+        self.starts_elsewhere = model_name is None and start is not None
+        self.hparams.update(start=model_name or start)
         self.automatic_optimization = False
         self.beta, self.batches = beta, 0  # β now; how many batches of responses there were
         # In a mapping, since a reward that is a module is neither trained nor saved.

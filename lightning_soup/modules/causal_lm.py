@@ -16,7 +16,7 @@ from lightning_soup.modules.lora import LoRA, add_lora, config_in
 from lightning_soup.modules.optimization import adamw_with_cosine, check_ranges, parameter_groups
 from lightning_soup.weights.formats import ADAPTER_KEY
 
-__all__ = ["CausalLM", "Tokens", "new_language_model"]
+__all__ = ["CausalLM", "Tokens", "new_language_model", "open_language_model"]
 
 Tokens = Mapping[str, Tensor]
 _IGNORED = -100  # the target that torch's and transformers' losses leave out
@@ -42,6 +42,8 @@ class CausalLM(LightningModule):
         weight_decay: Of matrices only.
         betas: Of AdamW.
         warmup: Steps of linear warm-up: a whole number, or a fraction of the training.
+        generation_config: How the model generates, ``{temperature: 0.7, eos_token_id: 2, …}``; None: as its folder
+            says. Training does not use it; checkpoints keep it.
 
     Raises:
         UnsupportedSetup: Both or neither of ``model_name`` and ``model_config`` are given, transformers does not know
@@ -58,6 +60,7 @@ class CausalLM(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: int | float = 0.03,
+        generation_config: dict[str, Any] | None = None,
     ):
         super().__init__()
         if (model_name is None) == (model_config is None):
@@ -69,7 +72,9 @@ class CausalLM(LightningModule):
         lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
         self.save_hyperparameters(ignore=["lora"])
         self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
-        self.model = _opened(model_name) if model_name is not None else new_language_model(model_config)
+        self.model = open_language_model(model_name) if model_name is not None else new_language_model(model_config)
+        if generation_config is not None:
+            self._generate_by(generation_config)
         # Loggers show where training started (they read the initial hyperparameters); a checkpoint brings its weights.
         configs = {"model_config": self.model.config, "generation_config": self.model.generation_config}
         plain = {name: c and json.loads(c.to_json_string(use_diff=True)) for name, c in configs.items()}
@@ -86,9 +91,12 @@ class CausalLM(LightningModule):
         """Generate as the model did that was trained: its end tokens, its sampling."""
         config = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("generation_config")
         if config is not None:
-            model = self.model if self.hparams.lora is None else self.model.get_base_model()
-            model.generation_config = type(model.generation_config).from_dict(config)
+            self._generate_by(config)
             self.hparams.update(generation_config=config)
+
+    def _generate_by(self, config: Mapping[str, Any]) -> None:
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model.generation_config = type(model.generation_config).from_dict(dict(config))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine, stepped with the optimizer."""
@@ -133,7 +141,16 @@ class CausalLM(LightningModule):
         return total / count.clamp(min=1), count
 
 
-def _opened(name: str) -> nn.Module:
+def open_language_model(name: str) -> nn.Module:
+    """A causal language model of transformers with its weights, in float32.
+
+    Args:
+        name: A folder, or a name on the Hugging Face hub (downloaded once).
+
+    Raises:
+        UnsupportedSetup: transformers opens none there.
+        MissingExtra: transformers is not installed.
+    """
     transformers = import_extra("transformers", "llm")
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(name).float().train()

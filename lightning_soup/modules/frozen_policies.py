@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_soup.modules.causal_lm import new_language_model
+from lightning_soup.modules.causal_lm import new_language_model, open_language_model
 from lightning_soup.modules.rollouts import token_log_probabilities
 from lightning_soup.modules.soup_reference import SoupReference
 from lightning_soup.weights.weights_file import open_checkpoint
@@ -40,12 +40,16 @@ class FrozenPolicies:
         if reference is not None:
             self.models["reference"] = _skeleton(module)
             reference.into(self.models["reference"], options="model_name or model_config")
-        if start and module.hparams.lora is None:
+        if start and module.starts_elsewhere:
+            self.models["start"] = open_language_model(module.hparams.start)
+        elif start and module.hparams.lora is None:
             self.models["start"] = _skeleton(module)
             self.models["start"].load_state_dict(module.policy.state_dict())
-            self.models["start"].requires_grad_(False).eval()
-        weights = open_checkpoint(self.models.get("reference") or self.models.get("start") or module.policy)
-        self.digest = weights.only([name for name in weights if "lora_" not in name]).digest()
+        for model in self.models.values():
+            model.requires_grad_(False).eval()
+        anchor = self.models.get("reference") or self.models.get("start") or module.policy
+        plain = {name.replace(".base_layer.", "."): value for name, value in anchor.state_dict().items()}
+        self.digest = open_checkpoint({name: plain[name] for name in sorted(plain) if "lora_" not in name}).digest()
 
     def place(self) -> None:
         """Bring them to the module's device, in the type that it has by now."""

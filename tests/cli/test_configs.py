@@ -27,6 +27,8 @@ COMMANDS = {
     "resolution_digits.yaml": ["fit"],
     "mwa_text.yaml": ["fit"],
     "mwa_lora.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
+    "reference_kl.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
+    "salsa_ppo.yaml": ["fit"],
     "sms_digits.yaml": ["fit"],
     "sms_vit.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "weight_ensemble.yaml": ["fit"],

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_soup.callbacks import ExponentialAverage
+from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.data.prompts import PromptDataModule
+from lightning_soup.distributed import ReplicaStrategy
 from lightning_soup.errors import NonFiniteScore, NonFiniteWeights, UnsupportedSetup
 from lightning_soup.modules.alignment import SalsaPPO
+from lightning_soup.modules.alignment_checks import check_fit
 from lightning_soup.modules.rollouts import sample, token_log_probabilities, until_end
 from lightning_soup.modules.soup_reference import SoupReference
 from lightning_soup.weights import open_checkpoint
@@ -23,6 +27,7 @@ from tests.helpers.two_ranks import run_on_two_ranks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:builtin type",
+    "ignore:The dirpath has changed",
     "ignore:You're resuming from a checkpoint that ended",
     "ignore:You defined a `validation_step`",
 )
@@ -333,13 +338,13 @@ def test_resuming_goes_on_bit_by_bit(folder, tmp_path):
 
 
 def test_a_compiled_module_is_the_same(folder, tmp_path):
-    plain, compiled = module(folder), module(folder)
-    fit(plain, folder, tmp_path, max_epochs=1)
-    fit(torch.compile(compiled, backend="eager"), folder, tmp_path, max_epochs=1)
+    short = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
+    plain, compiled, inside = (module(folder, max_new_tokens=2) for _ in range(3))
+    fit(plain, folder, tmp_path, **short)
+    fit(torch.compile(compiled, backend="eager"), folder, tmp_path, **short)
     assert_same(weights_of(compiled), weights_of(plain))
-    inside = module(folder)
     inside.model.compile(backend="eager")
-    fit(inside, folder, tmp_path, max_epochs=1)
+    fit(inside, folder, tmp_path, **short)
     for name, value in weights_of(plain).items():
         torch.testing.assert_close(inside.state_dict()[name], value, rtol=0, atol=1e-3)
 
@@ -365,6 +370,34 @@ def test_a_checkpoint_needs_nothing_but_its_file(folder, tmp_path):
     again.validate(loaded, data(folder), verbose=False)
     assert again.callback_metrics["val_reward"] == trainer.callback_metrics["val_reward"]
     assert "val_kl_start" not in again.callback_metrics
+
+
+def reward_of_yaml(sequences, kinds):
+    return count_digits(sequences, kinds)
+
+
+@pytest.mark.parametrize("options", [[], ["--model.lora", "{r: 2, targets: [q_proj]}"]], ids=["whole", "lora"])
+def test_from_yaml_and_resumed(folder, tmp_path, monkeypatch, options):
+    """Lightning's CLI takes the hyperparameters of the checkpoint, which do not name θ_1 as the model's weights."""
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / "salsa_ppo.yaml"
+    common = [
+        *("fit", "--config", str(config), "--model.reward", f"{__name__}.reward_of_yaml", "--model.reference", "null"),
+        *("--model.model_name", str(folder / "a"), "--data.tokenizer", str(folder / "a"), "--model.lr", "0.01"),
+        *("--data.train", str(folder / "prompts.jsonl"), "--data.batch_size", "8", "--model.max_new_tokens", "4"),
+        *("--trainer.accelerator", "cpu", "--trainer.val_check_interval", "1.0", "--trainer.precision", "32-true"),
+        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+        *("--trainer.logger", "false", *options),
+    ]
+    whole = SoupCLI([*common, "--trainer.max_epochs", "2"])
+    SoupCLI([*common, "--trainer.default_root_dir", "first"])
+    file = next((tmp_path / "first").rglob("last.ckpt"))
+    resumed = SoupCLI([*common, "--trainer.max_epochs", "2", "--ckpt_path", str(file)])
+    assert resumed.model.hparams.start == str(folder / "a")
+    assert resumed.model._frozen.digest == whole.model._frozen.digest
+    assert resumed.model.batches == whole.model.batches == 8
+    assert resumed.trainer.callback_metrics["val_kl"] != 0
+    assert resumed.trainer.callback_metrics["val_kl"] == resumed.trainer.callback_metrics["val_kl_start"]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -567,12 +600,10 @@ def test_prompts_padded_on_the_right(folder, tmp_path):
         quiet_trainer(max_epochs=1).fit(module(folder), DataLoader([torch.tensor([1, 5])] * 4, 2))
 
 
-def test_strategies_and_options_of_the_trainer(folder, tmp_path):
-    from lightning_soup.distributed import ReplicaStrategy
-
-    trainer = quiet_trainer(strategy=ReplicaStrategy(), devices=1, max_epochs=1)
-    with pytest.raises(UnsupportedSetup, match="ReplicaStrategy"):
-        trainer.fit(module(folder), data(folder))
+def test_strategies(folder):
+    trainer = SimpleNamespace(strategy=ReplicaStrategy(), precision_plugin=None)
+    with pytest.raises(UnsupportedSetup, match="does not work with ReplicaStrategy"):
+        check_fit(trainer, count_digits, two_optimizers=False)
 
 
 def test_a_missing_padding_token_is_no_matter(folder, tmp_path):
