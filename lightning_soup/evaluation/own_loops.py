@@ -4,6 +4,7 @@ The module runs in evaluation mode and logs nothing; it and its Trainer are left
 """
 
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -241,11 +242,14 @@ def hidden(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def ctrl_c_unchanged() -> Iterator[None]:
-    """Undo what Trainer makes of Ctrl-C: an exit with status 1."""
+    """Undo what Trainer makes of Ctrl-C: an exit with status 1, and no further Ctrl-C in this process."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
+            if handler is not None:  # one that was not set in Python cannot be set again
+                signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from stop
         raise
 
