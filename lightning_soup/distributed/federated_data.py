@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_soup.errors import UnsupportedSetup
@@ -19,18 +20,31 @@ class ClientPart(LightningDataModule):
     Args:
         whole: The data module; it is set up once, by whoever split it.
         indices: Which training examples.
+        loader: The data module's for training, as it was when the examples were dealt out: a later ``setup`` may order
+            them otherwise. ``None``: it is asked for.
     """
 
-    def __init__(self, whole: LightningDataModule, indices: Sequence[int]) -> None:
+    def __init__(self, whole: LightningDataModule, indices: Sequence[int], loader: DataLoader | None = None) -> None:
         super().__init__()
         self.whole, self.indices = whole, list(indices)
+        self.loader = whole.train_dataloader() if loader is None else loader
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the part."""
-        loader = self.whole.train_dataloader()
-        size = min(loader.batch_size or 1, len(self.indices))
-        part = Subset(loader.dataset, self.indices)
-        return DataLoader(part, size, shuffle=True, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+        whole = self.loader
+        size = whole.batch_size or getattr(whole.batch_sampler, "batch_size", None) or 1
+        last = whole.drop_last or getattr(whole.batch_sampler, "drop_last", False)
+        return DataLoader(
+            Subset(whole.dataset, self.indices),
+            min(size, len(self.indices)),
+            shuffle=True,
+            drop_last=last,  # BatchNorm cannot train on a last batch of one
+            collate_fn=whole.collate_fn,
+            num_workers=whole.num_workers,
+            pin_memory=whole.pin_memory,
+            worker_init_fn=whole.worker_init_fn,
+            multiprocessing_context=whole.multiprocessing_context,
+        )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The whole's."""
@@ -55,12 +69,20 @@ def client_parts(data: LightningDataModule, mixes: np.ndarray, seed: int = 0) ->
         seed: Of the split.
 
     Raises:
-        UnsupportedSetup: There are fewer examples than clients, or labels that the mixes do not know.
+        UnsupportedSetup: There are fewer examples than clients, or labels that the mixes do not know; there is no
+            training DataLoader, or several.
     """
+    if not is_overridden("train_dataloader", data):
+        raise UnsupportedSetup(f"{type(data).__name__} has no train_dataloader, whose data are split over clients.")
     data.prepare_data()
     data.setup("fit")
-    dataset = data.train_dataloader().dataset
-    return [ClientPart(data, indices) for indices in split_by_labels(_labels(dataset), mixes, seed)]
+    loader = data.train_dataloader()
+    if not isinstance(loader, DataLoader):
+        raise UnsupportedSetup(
+            f"{type(data).__name__}.train_dataloader gave a {type(loader).__name__}. Expected one DataLoader, whose "
+            "data are split over clients."
+        )
+    return [ClientPart(data, indices, loader) for indices in split_by_labels(_labels(loader.dataset), mixes, seed)]
 
 
 def split_by_labels(labels: Sequence[int], mixes: np.ndarray, seed: int = 0) -> list[list[int]]:
@@ -106,10 +128,17 @@ def _labels(dataset: Dataset) -> list[int]:
     try:
         targets = getattr(dataset, "targets", None)
         if targets is not None and len(targets) == len(dataset):
-            return [int(label) for label in targets]
-        return [int(dataset[i][1]) for i in range(len(dataset))]
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+            return [_label(label) for label in targets]
+        return [_label(dataset[i][1]) for i in range(len(dataset))]
+    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
         raise UnsupportedSetup(
             f"{type(dataset).__name__}: its examples are no pairs (input, label), so they cannot be split by labels "
             f"({error})."
         ) from error
+
+
+def _label(value: Any) -> int:
+    label = int(value)
+    if label != value:  # a number that is measured
+        raise ValueError(f"{float(value):g} is no label")
+    return label

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
 
 from lightning_soup.data import HandwritingDataModule
 from lightning_soup.distributed import AverageAll, Bernoulli, FederatedSimulation
-from lightning_soup.distributed.federated_data import client_parts, split_by_labels
+from lightning_soup.distributed.federated_data import ClientPart, client_parts, split_by_labels
 from lightning_soup.errors import UnsupportedSetup
 from tests.helpers.boring import TinyClassifier, TinyData
 
@@ -54,6 +54,39 @@ def test_small_parts_are_batches_of_their_size():
     assert [len(y) for _, y in parts[0].train_dataloader()] == [4]
 
 
+def test_parts_keep_how_batches_are_made():
+    class Last(TinyData):
+        def train_dataloader(self):
+            return DataLoader(self.train, 16, shuffle=True, drop_last=True, worker_init_fn=print)
+
+    class Batches(TinyData):
+        def train_dataloader(self):
+            return DataLoader(self.train, batch_sampler=BatchSampler(RandomSampler(self.train), 10, drop_last=True))
+
+    data = Last()
+    data.train = Subset(data.train, range(34))  # 17 each: BatchNorm cannot train on the one that is left
+    parts = client_parts(data, np.full((2, 3), 1 / 3))
+    assert [len(y) for _, y in parts[0].train_dataloader()] == [16]
+    assert parts[0].train_dataloader().worker_init_fn is print
+    assert ClientPart(data, [0], DataLoader(data.train, pin_memory=True)).train_dataloader().pin_memory
+    FederatedSimulation(TinyClassifier(batch_norm=True), parts, AverageAll(2), Bernoulli([1.0] * 2)).run(1)
+    parts = client_parts(Batches(), np.full((4, 3), 1 / 3))
+    assert [len(y) for _, y in parts[0].train_dataloader()] == [10, 10]
+
+
+def test_parts_keep_their_examples_when_the_data_are_set_up_again():
+    class Shuffled(TinyData):
+        def setup(self, stage):
+            self.train = Subset(self.train, torch.randperm(96).tolist())
+
+    torch.manual_seed(0)
+    data = Shuffled()
+    parts = client_parts(data, np.eye(3))
+    before = [sorted(x.tolist() for x, _ in part.train_dataloader().dataset) for part in parts]
+    data.setup("validate")
+    assert [sorted(x.tolist() for x, _ in part.train_dataloader().dataset) for part in parts] == before
+
+
 def test_real_digits():
     data = HandwritingDataModule(train_size=100, val_size=0)
     mixes = np.eye(10)
@@ -69,6 +102,27 @@ def test_data_that_cannot_be_split():
 
     with pytest.raises(UnsupportedSetup, match=r"no pairs \(input, label\)"):
         client_parts(Unlabelled(), np.full((2, 3), 1 / 3))
+
+    class Measured(TinyData):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.zeros(4, 1), torch.tensor([0.0, 1.0, 1.5, 2.0])))
+
+    class OneHot(TinyData):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.zeros(3, 1), torch.eye(3)))
+
+    class Several(TinyData):
+        def train_dataloader(self):
+            return [super().train_dataloader()]
+
+    for kind, message in (
+        (Measured, "1.5 is no label"),
+        (OneHot, r"no pairs \(input, label\)"),
+        (Several, "Several.train_dataloader gave a list. Expected one DataLoader"),
+        (LightningDataModule, "has no train_dataloader"),
+    ):
+        with pytest.raises(UnsupportedSetup, match=message):
+            client_parts(kind(), np.full((2, 3), 1 / 3))
     with pytest.raises(UnsupportedSetup, match="3 training examples for 4 clients"):
         split_by_labels([0, 1, 2], np.full((4, 3), 1 / 3))
     with pytest.raises(UnsupportedSetup, match=r"labels from 1 to 3, .* 3 classes"):
