@@ -50,6 +50,7 @@ _log = logging.getLogger("flwr")
 __all__ = ["FlowerStrategy", "flower_client", "from_arrays", "to_arrays"]
 
 _EXAMPLES = "num-examples"
+_UNUSED = ("weighted_by_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
 
 
 def to_arrays(weights: Mapping[str, Tensor]) -> "flower.ArrayRecord":
@@ -81,14 +82,15 @@ class FlowerStrategy(_strategies.FedAvg):
         buffers: Names of floating buffers, averaged over participants; ``None``: BatchNorm's statistics, by name.
         folder: Where the state goes after each round (``federated.safetensors``), and is gone on from: :meth:`start`
             then begins with the weights in it, and does what is left of the rounds. ``None``: nowhere.
-        options: Of Flower's ``FedAvg``: fractions and least numbers of nodes (1 here, as Flower waits for so many).
+        options: Of Flower's ``FedAvg``: fractions, least numbers of nodes (1 here, as Flower waits for so many), keys.
 
     Attributes:
         round: Rounds done, those before it was ended included.
 
     Raises:
         MissingExtra: Flower is not installed.
-        UnsupportedSetup: ``grow`` with a rule that is not FedAU, or a folder with the state of another rule.
+        UnsupportedSetup: ``grow`` with a rule that is not FedAU, an option that would change nothing, or a folder with
+            the state of another rule.
         UnreadableCheckpoint: The folder holds a damaged file.
     """
 
@@ -102,6 +104,9 @@ class FlowerStrategy(_strategies.FedAvg):
         **options: Any,
     ) -> None:
         least = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
+        unused = [name for name in _UNUSED if name in options]
+        if unused:
+            raise UnsupportedSetup(f"{unused[0]}: the rule decides, metrics are plain means. Leave this option out.")
         super().__init__(**{**least, **options})
         if grow and not isinstance(rule, FedAU):
             raise UnsupportedSetup(f"grow=True: {type(rule).__name__} has a fixed population. Leave it, or take FedAU.")
@@ -140,15 +145,21 @@ class FlowerStrategy(_strategies.FedAvg):
             result.arrays = initial_arrays
         return result
 
+    def summary(self) -> None:
+        """Log Flower's settings, and the rule that stands for its weighting."""
+        super().summary()
+        _log.info("\t\tNothing is weighed by '%s', but by %s", self.weighted_by_key, self._settings())
+
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
-        """Keep x, let new nodes join, and send x to the nodes that are sampled."""
+        """Keep x, send it to the nodes that are sampled, and let new nodes join."""
         self._weights = from_arrays(arrays)
+        messages = list(super().configure_train(self._offset + server_round, arrays, config, grid))
         if self.grow:
-            known = set(self.rule.participation.clients)
-            for node in grid.get_node_ids():
-                if node not in known:
-                    self.rule.participation.join(node)
-        return super().configure_train(self._offset + server_round, arrays, config, grid)
+            # Afterwards: Flower waits for nodes there, and may sample one that has just come.
+            here = [*grid.get_node_ids(), *(message.metadata.dst_node_id for message in messages)]
+            for node in sorted(set(here).difference(self.rule.participation.clients)):
+                self.rule.participation.join(node)
+        return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> tuple[Any, Any]:
         """Make the new x of the replies, and feed the round to the rule."""
@@ -245,6 +256,8 @@ def flower_client(
     """
     whole_number(local_steps, "local_steps", 1)
     check_trainer_options(trainer)
+    if seed is not None:
+        whole_number(seed, "seed", 0)
     app = _clientapp.ClientApp()
 
     @app.train()
@@ -267,7 +280,8 @@ def flower_client(
 
     @app.evaluate()
     def evaluate(message: Any, context: Any) -> Any:
-        found = evaluate_locally(module(context), data(context), _received(message), trainer=trainer)
+        weights = _received(message)
+        found = evaluate_locally(module(context), data(context), weights, trainer=trainer, client=context.node_id)
         return _reply(message, found, arrays=False)
 
     return app

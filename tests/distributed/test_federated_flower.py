@@ -281,6 +281,19 @@ def test_nodes_join_as_they_are_met():
     # w of node 10 after two rounds of absence would be 1; the one that joins in round 3 is new there
     assert [totals[n]["total"] for n in (1, 2, 3, 4)] == pytest.approx([1, 1, 0.5, 1])
     assert rule.participation.weights() == {10: pytest.approx(4 / 3), 11: 1.0, 12: 1.0}
+    late = FedAU([])
+    strategy = FlowerStrategy(late, grow=True)
+
+    class Late(Grid):
+        asked = 0
+
+        def get_node_ids(self):  # nobody is there when the server is, and the last to come is gone at once
+            self.asked += 1
+            return [] if self.asked == 1 else [10, 11] if self.asked < 4 else [10]
+
+    result = start(strategy, Late([[10]], lambda m, n: reply(m, shifted(m, 1.0))), 1)
+    assert late.participation.population == 2
+    assert result.train_metrics_clientapp[1]["participants"] == 1
     with pytest.raises(UnsupportedSetup, match="AverageAll has a fixed population"):
         FlowerStrategy(AverageAll(2), grow=True)
 
@@ -307,6 +320,29 @@ def test_a_strategy_goes_on_exactly(tmp_path, make):
         start(third, Grid(ROUNDS, lightning_clients()), 6, nn.Linear(2, 2))
     with pytest.raises(UnsupportedSetup, match="rule was"):
         FlowerStrategy(AverageAll(3), folder=tmp_path)
+
+
+@needs_flower
+def test_another_population_is_another_training(tmp_path):
+    start(FlowerStrategy(FedAU(3), folder=tmp_path), Grid([[10]], lambda *_: None), 1)
+    with pytest.raises(UnsupportedSetup, match="population was 3, is 4"):
+        FlowerStrategy(FedAU(4), folder=tmp_path)
+    rule = FedAU([])
+    start(FlowerStrategy(rule, grow=True, folder=tmp_path / "b"), Grid([[10, 11]], lambda *_: None), 1)
+    rule = FedAU([])
+    FlowerStrategy(rule, grow=True, folder=tmp_path / "b")
+    assert rule.population == 2
+
+
+@needs_flower
+def test_options_that_would_change_nothing_are_refused():
+    for name in ("weighted_by_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"):
+        with pytest.raises(UnsupportedSetup, match=f"{name}: the rule decides"):
+            FlowerStrategy(FedAU(1), **{name: "key"})
+    with pytest.raises(UnsupportedSetup, match="seed=-1"):
+        flower_client(lambda _: Centre(), lambda _: Points(1.0), seed=-1)
+    strategy = FlowerStrategy(FedAU(1), arrayrecord_key="x", configrecord_key="c")
+    assert from_arrays(start(strategy, Grid([[10]], lightning_clients()), 1).arrays)["x"].tolist() == [0.1, 0.1]
 
 
 @needs_flower
