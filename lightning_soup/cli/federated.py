@@ -22,6 +22,7 @@ from lightning_soup.distributed.federated_data import client_parts
 from lightning_soup.distributed.federated_simulation import FederatedSimulation
 from lightning_soup.distributed.participation_clients import whole_number
 from lightning_soup.distributed.participation_patterns import Bernoulli, Cyclic, Markov, dirichlet_participation
+from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.own_loops import no_notices
 from lightning_soup.weights import save_weights
 
@@ -46,6 +47,8 @@ def federated(
     mean_rate: float = 0.1,
     least_rate: float = 0.02,
     pattern: Literal["Bernoulli", "Markov", "Cyclic"] = "Bernoulli",
+    arrival: float = 0.05,
+    period: int = 100,
     seed: int = 0,
     evaluate_every: int = 20,
     folder: str = "runs/federated",
@@ -71,6 +74,8 @@ def federated(
         mean_rate: The mean rate of participation.
         least_rate: The least.
         pattern: How clients come and go.
+        arrival: Of Markov, the probability that an absent client comes: the smaller, the longer clients stay on or off.
+        period: Of Cyclic, in rounds.
         seed: Of the model, the split, the availability and the training.
         evaluate_every: Rounds between two evaluations.
         folder: Where everything goes.
@@ -80,6 +85,9 @@ def federated(
         UnsupportedSetup: An option is out of range, or the folder holds another run.
     """
     whole_number(evaluate_every, "evaluate_every", 1)
+    whole_number(rounds, "rounds", 0)
+    if seed >= 2**32:
+        raise UnsupportedSetup(f"seed={seed}: expected an integer from 0 to {2**32 - 1}.")
     found = dirichlet_participation(
         clients,
         classes,
@@ -89,6 +97,7 @@ def federated(
         least=least_rate,
         seed=seed,
     )
+    own = {"Markov": {"arrival": arrival}, "Cyclic": {"period": period}}
     with no_notices():
         seed_everything(seed, verbose=False)
         module = model()
@@ -96,7 +105,7 @@ def federated(
             module,
             client_parts(data, found.mixes, seed),
             _rule(rule, found.rates.tolist(), cutoff, server_lr),
-            _PATTERNS[pattern](found.rates, seed=seed),
+            _PATTERNS[pattern](found.rates, seed=seed, **own.get(pattern, {})),
             local_steps=local_steps,
             seed=seed,
             folder=folder,

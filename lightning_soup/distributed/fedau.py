@@ -250,6 +250,7 @@ class FedAU(FederatedAverage):
 
     def __init__(self, population: int | Iterable[Client], cutoff: int | None = None, lr: float = 1.0) -> None:
         self.participation = ParticipationWeights(population, cutoff)
+        self._given = self.population
         super().__init__(lr)
 
     @property
@@ -284,7 +285,8 @@ class FedAU(FederatedAverage):
 
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share."""
-        return {**super().settings(), "cutoff": self.participation.cutoff}
+        # N as it was given: how it changed since is part of the state.
+        return {**super().settings(), "cutoff": self.participation.cutoff, "population": self._given}
 
     def state_dict(self) -> dict[str, Any]:
         """The estimator's."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_soup.distributed.federated_average import FederatedAverage
 from lightning_soup.distributed.participation_clients import client_names, whole_number
-from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint, UnsupportedSetup
+from lightning_soup.errors import LightningSoupError, UnreadableCheckpoint, UnsupportedSetup, UnwritableOutput
 from lightning_soup.weights.atomic import atomic_path
 
 __all__ = ["FILE_NAME", "FederatedState", "read_state", "write_state"]
@@ -59,6 +59,7 @@ def write_state(
 
     Raises:
         UnwritableOutput: It cannot be written.
+        UnsupportedSetup: A tensor is of a type that the format lacks.
     """
     path = Path(folder) / FILE_NAME
     tensors = {f"{_WEIGHTS}{name}": value for name, value in state.weights.items()}
@@ -74,7 +75,15 @@ def write_state(
     size = sum(value.nbytes for value in tensors.values())
     with atomic_path(path, size=size) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # save_file makes a file that nobody else may read
-        save_file(_apart(tensors), temporary, metadata={_KEY: json.dumps(about)})
+        try:
+            save_file(_apart(tensors), temporary, metadata={_KEY: json.dumps(about)})
+        except SafetensorError as error:  # by which it also tells what the system has against it
+            raise UnwritableOutput(f"{path}: cannot be written ({error}). Make room, or write elsewhere.") from error
+        except KeyError as error:
+            raise UnsupportedSetup(
+                f"{path}: cannot hold tensors of {error}, which safetensors lacks. Keep the state in memory (no folder)"
+                ", or convert them."
+            ) from error
         temporary.chmod(mode)
     return path
 

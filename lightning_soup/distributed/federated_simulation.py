@@ -5,6 +5,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_soup.distributed.federated_average import FederatedAverage, FederatedStep
 from lightning_soup.distributed.federated_client import LocalTraining, check_trainer_options, train_locally
-from lightning_soup.distributed.federated_files import FederatedState, read_state, write_state
+from lightning_soup.distributed.federated_files import FILE_NAME, FederatedState, read_state, write_state
 from lightning_soup.distributed.federated_sum import float_buffers
 from lightning_soup.distributed.participation_clients import Client, client_name, client_names, whole_number
 from lightning_soup.distributed.participation_patterns import ParticipationPattern
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.progress import Progress, silent
+from lightning_soup.weights.atomic import check_writable
 
 __all__ = ["FederatedSimulation"]
 
@@ -33,7 +36,9 @@ class FederatedSimulation:
     Each client trains a copy of the module with a Trainer and optimizers of its own, about 30 ms of overhead on a CPU.
     All random numbers of a client's training come from (seed, round, client), so a run that goes on from its folder
     gives the same bits as one that was never ended. What a data module keeps to itself between fits, such as its own
-    generator, is not known here and not restored.
+    generator, is not known here and not restored, nor is what ``on_round`` changes in the module. Global weights have
+    the types of the module's: in bfloat16 a small step of the server rounds to none, so let the module be float32 and
+    train with ``trainer={"precision": "bf16-mixed"}``.
 
     Args:
         module: The model. It is a template while rounds run, and holds the global weights after :meth:`run`.
@@ -56,9 +61,10 @@ class FederatedSimulation:
             coefficients), those of the rule, and the participants' mean of what the module logs.
 
     Raises:
-        UnsupportedSetup: Clients, pattern and rule have different numbers of clients, an option is out of range, or the
-            folder holds another run.
+        UnsupportedSetup: Clients, pattern and rule have different numbers of clients or names, an option is out of
+            range, the module's state dict is empty or holds more than tensors, or the folder holds another run.
         UnreadableCheckpoint: The folder holds a damaged file.
+        UnwritableOutput: The folder cannot be written.
 
     Example:
         >>> rates = dirichlet_participation(clients=20, classes=10).rates  # doctest: +SKIP
@@ -87,13 +93,14 @@ class FederatedSimulation:
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{what} {count}" for what, count in counts.items())
             raise UnsupportedSetup(f"numbers of clients differ: {told}. Give data, a rate and a place to each client.")
+        rule.coefficients(list(self.clients))  # refuses clients of other names, now and not after a round
         self.module, self.rule, self.pattern, self.logger, self.folder = module, rule, pattern, logger, folder
         self.local_steps = whole_number(local_steps, "local_steps", 1)
         self.save_every = whole_number(save_every, "save_every", 1)
         self.seed = whole_number(seed, "seed", 0)
         self.trainer = check_trainer_options(trainer)
         self.buffers = float_buffers(module) if buffers is None else frozenset(buffers)
-        self.weights: dict[str, Tensor] = {n: v.detach().cpu().clone() for n, v in module.state_dict().items()}
+        self.weights: dict[str, Tensor] = _weights(module)
         self.round = 0
         self.history: list[Row] = []
         self._saved: int | None = None
@@ -188,6 +195,7 @@ class FederatedSimulation:
             "local_steps": self.local_steps,
             "local_seed": self.seed,
             "clients": [client_name(client) for client in self.clients],
+            "buffers": sorted(self.buffers),
             "tensors": {name: [str(value.dtype), list(value.shape)] for name, value in self.weights.items()},
         }
 
@@ -200,6 +208,8 @@ class FederatedSimulation:
 
     def _resume(self) -> None:
         state = None if self.folder is None else read_state(self.folder, self.rule, self._settings())
+        if self.folder is not None:
+            check_writable(Path(self.folder) / FILE_NAME)
         if state is None:
             return
         self.pattern.load_state_dict(state.extra["pattern"])
@@ -207,3 +217,16 @@ class FederatedSimulation:
         # Under the module's names, in their order; tensors that are tied there come as equal ones.
         self.weights = {name: state.weights[name] for name in self.weights}
         self.round = self._saved = state.round
+
+
+def _weights(module: LightningModule) -> dict[str, Tensor]:
+    """A copy of the module's, on the CPU."""
+    state = module.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor) or is_lazy(value)]
+    if other or not state:
+        what = f"{other[0]!r} in its state dict is no tensor that has a shape" if other else "its state dict is empty"
+        raise UnsupportedSetup(
+            f"{type(module).__name__}: {what}. Give a module that has all its weights, and keeps tensors only: layers "
+            "of configure_model come too late, lazy ones need a first batch."
+        )
+    return {name: value.detach().cpu().clone() for name, value in state.items()}

@@ -207,14 +207,13 @@ def dirichlet_participation(
     """
     N, C = whole_number(clients, "clients", 1), whole_number(classes, "classes", 2)
     for name, value, most in (
-        ("concentration", concentration, np.inf),
-        ("preference", preference, np.inf),
+        ("concentration", concentration, 1e100),  # the sums of larger ones overflow
+        ("preference", preference, 1e100),
         ("mean_rate", mean_rate, 1),
         ("least", least, 1),
     ):
         if not 0 < value <= most:
-            limit = "" if most == np.inf else " and at most 1"
-            raise UnsupportedSetup(f"{name}={value!r}: expected a number above 0{limit}.")
+            raise UnsupportedSetup(f"{name}={value!r}: expected a number above 0 and at most {most}.")
     draw = np.random.default_rng(whole_number(seed, "seed", 0))
     q, kappa = draw.dirichlet([concentration] * C, size=N), draw.dirichlet([preference] * C)
     return DirichletParticipation(q, kappa, (mean_rate * C * q @ kappa).clip(least, 1.0))

@@ -1,10 +1,16 @@
 """`lightning-soup federated`: trains, tells, goes on where it was ended, and refuses what cannot work."""
 
+import json
+import signal
+
 import pytest
 import yaml
+from lightning.pytorch import Callback
+from safetensors import safe_open
 
 from lightning_soup.cli.main import main
 from lightning_soup.weights import open_checkpoint
+from tests.helpers.boring import TinyClassifier
 
 CONFIG = {
     "model": {"class_path": "tests.helpers.boring.TinyClassifier", "init_args": {"batch_norm": True}},
@@ -52,6 +58,11 @@ def test_errors_are_one_line(tmp_path, capsys):
         (["--clients=0"], "clients=0"),
         (["--cutoff=0"], "cutoff=0"),
         (["--evaluate_every=0"], "evaluate_every=0"),
+        (["--rounds=-1"], "rounds=-1"),
+        (["--seed=5000000000"], "seed=5000000000: expected an integer from 0 to 4294967295"),
+        (["--pattern=Markov", "--arrival=2"], "arrival=2"),
+        (["--pattern=Cyclic", "--period=0"], "period=0"),
+        (["--trainer.acelerator=cpu"], "'acelerator' is no option"),
         (["--classes=2"], "the mixes are over 2 classes"),
         (["--trainer.max_epochs=3"], "max_epochs is decided by local_steps"),
     ):
@@ -59,7 +70,46 @@ def test_errors_are_one_line(tmp_path, capsys):
             command(tmp_path, *options)
         assert stop.value.code == 1
         assert message in capsys.readouterr().err
+    (tmp_path / "run").write_text("")
+    with pytest.raises(SystemExit):
+        command(tmp_path)
+    told = capsys.readouterr()
+    assert "cannot be written" in told.err
+    assert "round 2" not in told.out
+    (tmp_path / "run").unlink()
     command(tmp_path)
     with pytest.raises(SystemExit):
         command(tmp_path, "--seed=1")
     assert "the state of another training" in capsys.readouterr().err
+
+
+class Interrupted(TinyClassifier):
+    def training_step(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_told(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command(tmp_path, model={"class_path": "tests.cli.test_federated.Interrupted"})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_callbacks_and_patterns_of_the_config(tmp_path, capsys):
+    monitor = {"class_path": "tests.cli.test_federated.Mark"}
+    command(tmp_path, "--pattern=Markov", "--arrival=1", trainer={"callbacks": [monitor]}, mean_rate=1.0)
+    assert "round 4" in capsys.readouterr().out
+    with safe_open(tmp_path / "run/federated.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["lightning_soup.federated"])
+    assert about["settings"]["arrival"] == 1.0
+    assert {row["mark"] for row in about["extra"]["history"] if row["participants"]} == {1.0}
+
+
+class Mark(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.log("mark", 1.0)

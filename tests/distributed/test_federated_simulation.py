@@ -294,7 +294,8 @@ def test_folders_of_others_are_refused(tmp_path):
         (lambda: tiny(pattern=Bernoulli([0.5] * 4), folder=tmp_path), "pattern was 'Markov', is 'Bernoulli'"),
         (lambda: tiny(seed=1, folder=tmp_path), "local_seed was 0, is 1"),
         (lambda: tiny(pattern=Markov([0.5] * 4, seed=2, arrival=0.3), folder=tmp_path), "pattern_rates was"),
-        (lambda: tiny(clients=5, folder=tmp_path), "clients was"),
+        (lambda: tiny(clients=5, folder=tmp_path), "population was 4, is 5.*clients was"),
+        (lambda: tiny(buffers=["net.1.running_mean"], folder=tmp_path), "buffers was"),
     ):
         with pytest.raises(UnsupportedSetup, match=message):
             make()
@@ -314,7 +315,9 @@ def test_damaged_files_are_refused(tmp_path):
         tiny(folder=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UnwritableOutput):
-        tiny(folder=tmp_path / "file").run(1)
+        tiny(folder=tmp_path / "file")  # before a round is done for nothing
+    tiny(folder=tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_file_is_plain(tmp_path):
@@ -375,6 +378,8 @@ def test_trainer_options_reach_the_clients():
     [
         ({"rule": FedAU(3)}, "clients 2, pattern 2, rule 3"),
         ({"pattern": Bernoulli([0.5] * 5)}, "clients 2, pattern 5, rule 2"),
+        ({"rule": FedAU(["a", "b"])}, "client 0 does not belong to the population of 2"),
+        ({"rule": KnownParticipation({"a": 0.5, 1: 0.5})}, "client 0 has no rate"),
         ({"local_steps": 0}, "local_steps=0"),
         ({"save_every": 0}, "save_every=0"),
         ({"seed": -1}, "seed=-1"),
@@ -386,6 +391,29 @@ def test_wrong_options(change, message):
     options = {"rule": FedAU(2), "pattern": Bernoulli([0.5, 0.5]), **change}
     with pytest.raises(UnsupportedSetup, match=message):
         FederatedSimulation(Centre(), [centre(1.0), centre(2.0)], **options)
+
+
+def test_modules_whose_weights_are_not_known_are_refused():
+    class Later(Centre):
+        def __init__(self):
+            LightningModule.__init__(self)
+
+    class Lazy(Centre):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LazyLinear(2)
+
+    class Extra(Centre):
+        def get_extra_state(self):
+            return {"plain": 1}
+
+    for kind, message in (
+        (Later, "Later: its state dict is empty"),
+        (Lazy, r"Lazy: 'layer\.\w+' in its state dict is no tensor that has a shape"),
+        (Extra, "Extra: '_extra_state' in its state dict is no tensor"),
+    ):
+        with pytest.raises(UnsupportedSetup, match=message):
+            FederatedSimulation(kind(), [centre(1.0)], FedAU(1), Bernoulli([1.0]))
 
 
 def test_weights_of_another_module_are_refused():

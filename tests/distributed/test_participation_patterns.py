@@ -91,6 +91,11 @@ def test_rates_never_exceed_one():
         (lambda: dirichlet_participation(0, 10), "clients=0"),
         (lambda: dirichlet_participation(5, 1), "classes=1"),
         (lambda: dirichlet_participation(5, 10, concentration=0), "concentration=0"),
+        (lambda: dirichlet_participation(5, 10, concentration=float("inf")), "concentration=inf"),
+        (
+            lambda: dirichlet_participation(5, 10, preference=1e308),
+            r"preference=1e\+308: expected a number",
+        ),
         (lambda: dirichlet_participation(5, 10, least=1.5), "least=1.5: expected a number above 0 and at most 1"),
     ],
 )
