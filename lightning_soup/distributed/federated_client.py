@@ -14,6 +14,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_soup.distributed.participation_clients import Client, whole_number
 from lightning_soup.errors import UnsupportedSetup
@@ -167,10 +168,7 @@ def evaluate_locally(
         else:
             local.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in local.callback_metrics.items()}
-    loaders = local.val_dataloaders
-    return LocalTraining(
-        dict(weights), metrics, sum(map(_examples, loaders if isinstance(loaders, list) else [loaders]))
-    )
+    return LocalTraining(dict(weights), metrics, _examples(local.val_dataloaders))
 
 
 class _EndOfIdleness(Callback):
@@ -225,5 +223,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _examples(loader: Any) -> int:
-    return sized_len(getattr(loader, "dataset", None)) or 0
+def _examples(loaders: Any) -> int:
+    """Of one loader, or of all in a list or dictionary."""
+    return sum(sized_len(getattr(loader, "dataset", None)) or 0 for loader in tree_leaves(loaders))

@@ -112,15 +112,19 @@ def split_by_labels(labels: Sequence[int], mixes: np.ndarray, seed: int = 0) -> 
         )
     draw = np.random.default_rng(seed)
     pools = [draw.permutation(np.flatnonzero(labels == label)).tolist() for label in range(classes)]
+    left = np.array([len(pool) for pool in pools])
     found: list[list[int]] = [[] for _ in range(clients)]
     for turn in range(len(labels)):
         if turn % clients == 0:
             order = draw.permutation(clients)
         client = order[turn % clients]
-        left = np.array([len(pool) for pool in pools])
         q = np.where(left > 0, mixes[client], 0.0)
-        q = q / q.sum() if q.sum() > 0 else left / left.sum()
-        found[client].append(pools[draw.choice(classes, p=q)].pop())
+        total = q.sum()
+        cumulated = (q / total if total > 0 else left / left.sum()).cumsum()
+        # draw.choice(classes, p=q) without its checks, which take ten times as long
+        label = int((cumulated / cumulated[-1]).searchsorted(draw.random(), side="right"))
+        left[label] -= 1
+        found[client].append(pools[label].pop())
     return found
 
 

@@ -21,7 +21,7 @@ from lightning_soup.distributed.federated_files import FILE_NAME, FederatedState
 from lightning_soup.distributed.federated_sum import float_buffers
 from lightning_soup.distributed.participation_clients import Client, client_name, client_names, whole_number
 from lightning_soup.distributed.participation_patterns import ParticipationPattern
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.errors import UnreadableCheckpoint, UnsupportedSetup
 from lightning_soup.progress import Progress, silent
 from lightning_soup.weights.atomic import check_writable
 
@@ -212,10 +212,17 @@ class FederatedSimulation:
             check_writable(Path(self.folder) / FILE_NAME)
         if state is None:
             return
-        self.pattern.load_state_dict(state.extra["pattern"])
-        self.history = list(state.extra["history"])
-        # Under the module's names, in their order; tensors that are tied there come as equal ones.
-        self.weights = {name: state.weights[name] for name in self.weights}
+        try:
+            # Under the module's names, in their order; tensors that are tied there come as equal ones.
+            weights = {name: state.weights[name] for name in self.weights}
+            history, pattern = [dict(row) for row in state.extra["history"]], state.extra["pattern"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnreadableCheckpoint(
+                f"{Path(self.folder) / FILE_NAME}: is damaged, or of another kind of training ({type(error).__name__}: "
+                f"{error}). Give another folder, or remove the file to start anew."
+            ) from error
+        self.pattern.load_state_dict(pattern)
+        self.weights, self.history = weights, history
         self.round = self._saved = state.round
 
 

@@ -194,3 +194,12 @@ def test_one_device_may_be_named():
 def test_examples_are_those_of_the_training_data():
     assert train(TinyClassifier()).examples == 96
     assert train(TinyClassifier(), data=DataLoader(TinyData().val, 10)).examples == 60
+
+    class Several(TinyClassifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("val_loss", 0.0)
+
+    one, two = TinyData().val_dataloader(), TinyData().train_dataloader()
+    for loaders in ([one, two], {"a": one, "b": two}):
+        module = Several()
+        assert evaluate_locally(module, loaders, module.state_dict()).examples == 156

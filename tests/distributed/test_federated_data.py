@@ -23,6 +23,23 @@ def test_every_example_goes_to_one_client():
     assert split_by_labels(labels, mixes, seed=2) != found
 
 
+@pytest.mark.parametrize("concentration", [1e-6, 0.1, 10.0])
+def test_the_split_is_that_of_draws_one_by_one(concentration):
+    labels = np.random.default_rng(3).integers(0, 5, 200)
+    mixes = np.random.default_rng(4).dirichlet([concentration] * 5, size=7)
+    draw = np.random.default_rng(5)
+    left = [draw.permutation(np.flatnonzero(labels == label)).tolist() for label in range(5)]
+    expected, order = [[] for _ in range(7)], []
+    for _ in range(200):
+        order = order or draw.permutation(7).tolist()
+        client = order.pop(0)
+        sizes = np.array([len(pool) for pool in left])
+        q = np.where(sizes > 0, mixes[client], 0.0)
+        label = draw.choice(5, p=q / q.sum() if q.sum() > 0 else sizes / sizes.sum())
+        expected[client].append(left[label].pop())
+    assert split_by_labels(labels, mixes, seed=5) == expected
+
+
 def test_clients_have_the_labels_of_their_mix():
     labels = np.arange(4000) % 4
     mixes = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]], dtype=float)

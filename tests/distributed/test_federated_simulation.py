@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -310,6 +311,25 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UnreadableCheckpoint, match="damaged"):
             tiny(folder=tmp_path)
+    path.write_bytes(content)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    about = json.loads(metadata["lightning_soup.federated"])
+    for damaged in (
+        {**about, "extra": {}},
+        {**about, "extra": {**about["extra"], "history": 3}},
+        {**about, "extra": {**about["extra"], "pattern": {"round": -1}}},
+        {**about, "rule": {}},
+        {**about, "memory": 1},
+        {**about, "round": None},
+    ):
+        save_file(tensors, path, {"lightning_soup.federated": json.dumps(damaged)})
+        with pytest.raises(UnreadableCheckpoint):
+            tiny(folder=tmp_path)
+    save_file({n: v for n, v in tensors.items() if n != "x/net.0.weight"}, path, metadata)
+    with pytest.raises(UnreadableCheckpoint, match=r"federated\.safetensors: is damaged.*'net.0.weight'"):
+        tiny(folder=tmp_path)
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(UnreadableCheckpoint, match="no state of a federated training"):
         tiny(folder=tmp_path)
