@@ -176,6 +176,7 @@ def test_states_of_others_are_refused():
         {**state, "clients": [["a", 1, 1, 2.0], ["a", 1, 1, 2.0]]},
         {**state, "unseen": [0, 0, math.nan]},
         {**state, "unseen": [-1, 0, 1.0]},
+        {**state, "unseen": [0, 0, 0.5]},
         {**state, "rounds": "many"},
     ]
     for one in broken:

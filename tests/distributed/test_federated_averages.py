@@ -135,6 +135,15 @@ def test_statistics_are_averaged_and_counters_take_the_largest():
     assert list(found) == list(x)
 
 
+def test_the_mean_of_statistics_is_rounded_once():
+    torch.manual_seed(0)
+    replies = {n: {"bn.running_mean": torch.randn(1000), "bn.running_var": torch.rand(1000)} for n in range(7)}
+    found = federated_sum(replies[0], replies, dict.fromkeys(replies, 9.0))
+    for name in replies[0]:
+        exact = torch.stack([reply[name].double() for reply in replies.values()]).mean(0)
+        torch.testing.assert_close(found[name].double(), exact, rtol=0.5001 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_buffers_of_any_name():
     x, reply = {"w": torch.zeros(1), "centre": torch.zeros(1)}, {"w": torch.ones(1), "centre": torch.ones(1)}
     assert federated_sum(x, {0: reply}, {0: 3.0})["centre"].item() == 3
@@ -242,8 +251,9 @@ def test_a_stranger_changes_nothing():
     for rule in (FedAU(["a"]), KnownParticipation({"a": 1.0}), MIFA(1), FedVARP(1)):
         rule.step(X, {"a": GOOD})
         before = rule.state_dict(), dict(rule.memory)
-        with pytest.raises(UnsupportedSetup, match=r"'b'|2 clients have come"):
-            rule.step(X, {"a": GOOD, "b": GOOD})
+        for replies in ({"a": GOOD, "b": GOOD}, {"b": GOOD}):
+            with pytest.raises(UnsupportedSetup, match=r"'b'|2 clients have come"):
+                rule.step(X, replies)
         assert (rule.state_dict(), dict(rule.memory)) == before
 
 

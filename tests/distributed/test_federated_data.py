@@ -66,6 +66,33 @@ def test_parts_of_a_data_module_keep_its_batches_and_hooks():
     assert len(seen) == 18
 
 
+def test_parts_shuffle_and_keep_collation_workers_and_all_hooks():
+    class Hooked(TinyData):
+        def train_dataloader(self):
+            return DataLoader(self.train, 16, num_workers=1, collate_fn=as_list)
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [*batch, "before"]
+
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            return [*batch, str(device)]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [*batch, dataloader_idx]
+
+    def as_list(batch):
+        return [len(batch)]
+
+    [part] = client_parts(Hooked(), np.full((1, 3), 1 / 3))
+    loader = part.train_dataloader()
+    assert loader.num_workers == 1
+    assert loader.collate_fn is as_list
+    assert isinstance(loader.sampler, RandomSampler)
+    batch = part.on_before_batch_transfer([16], 2)
+    batch = part.transfer_batch_to_device(batch, torch.device("cpu"), 2)
+    assert part.on_after_batch_transfer(batch, 2) == [16, "before", "cpu", 2]
+
+
 def test_small_parts_are_batches_of_their_size():
     parts = client_parts(TinyData(batch_size=16), np.full((24, 3), 1 / 3))
     assert [len(y) for _, y in parts[0].train_dataloader()] == [4]

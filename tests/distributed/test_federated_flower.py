@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -187,6 +188,40 @@ def test_seeds_and_steps_come_from_the_server():
     result = strategy.start(Grid([[10]], answer), arrays, 1, train_config=config)
     assert from_arrays(result.arrays)["x"].tolist() == pytest.approx([1 - 0.9**2] * 2)
 
+    class Drawn(Centre):
+        def training_step(self, batch, batch_idx):
+            self.log("drawn", torch.rand(()))
+            return super().training_step(batch, batch_idx)
+
+    def drawn(node, number, **options):
+        app = flower_client(lambda _: Drawn(), lambda _: Points(1.0), local_steps=1, **options)
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": number})})
+        context = Context(1, node, {}, RecordDict(), {})
+        return app(Message(content, node, "train"), context).content["metrics"]["drawn"]
+
+    assert drawn(10, 1, seed=3) == drawn(10, 1, seed=3)
+    assert len({drawn(10, 1, seed=3), drawn(10, 2, seed=3), drawn(11, 1, seed=3), drawn(10, 1, seed=4)}) == 4
+    with pytest.raises(MisconfigurationException):  # the options are the Trainer's
+        drawn(10, 1, trainer={"limit_train_batches": 0.001})
+
+
+@needs_flower
+def test_buffers_of_any_name_and_rounds_of_evaluation(tmp_path):
+    def run(buffers, rounds):
+        strategy = FlowerStrategy(AverageAll(2), buffers=buffers, folder=tmp_path)
+        grid = Grid([[10]], lambda m, n: reply(m, shifted(m, 1.0)))
+        return from_arrays(start(strategy, grid, rounds).arrays)["x"].tolist(), grid
+
+    assert run(["x"], 1)[0] == [1, 1]
+    with pytest.raises(UnsupportedSetup, match="buffers was"):
+        run(None, 2)
+    found, grid = run(["x"], 2)
+    assert found == [2, 2]
+    assert [(m.metadata.message_type, m.content["config"]["server-round"]) for m in grid.sent] == [
+        ("train", 2),
+        ("evaluate", 2),
+    ]
+
 
 # ------------------------------------------------------------------------------------------------------ who fails
 
@@ -237,6 +272,25 @@ def test_a_client_that_fails_counts_as_absent(kind, make):
     assert all("client 11" in one for one in told)
     if kind in ("NaN", "shape", "missing"):
         assert all("tensor 'x'" in one for one in told)
+
+
+@needs_flower
+def test_metrics_are_means_over_those_that_have_them():
+    def answer(message, node):
+        return reply(message, shifted(message, 1.0), **{10: {"a": 1.0, "b": 5.0}, 11: {"a": 2.0, "b": nan}}[node])
+
+    class Twice(Grid):
+        def send_and_receive(self, messages, *, timeout=None):
+            found = super().send_and_receive(messages, timeout=timeout)
+            return [*found, reply(self.sent[-1], shifted(self.sent[-1], 99.0), a=99.0)]
+
+    nan = float("nan")
+    strategy = FlowerStrategy(AverageParticipating(2))
+    result = start(strategy, Twice([[10, 11]], answer), 1)
+    train, evaluate = result.train_metrics_clientapp[1], result.evaluate_metrics_clientapp[1]
+    assert (train["a"], train["b"], train["participants"]) == (1.5, 5.0, 2)
+    assert dict(evaluate) == {"a": 1.5, "b": 5.0}  # the second reply of a client does not count
+    assert from_arrays(result.arrays)["x"].tolist() == [1.0, 1.0]
 
 
 @needs_flower
