@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from safetensors import safe_open
 
 from lightning_soup.cli.main import main
+from lightning_soup.distributed import dirichlet_participation
 from lightning_soup.weights import open_checkpoint
 from tests.helpers.boring import TinyClassifier
 
@@ -102,11 +103,17 @@ def test_ctrl_c_is_told(tmp_path, capsys):
 
 def test_callbacks_and_patterns_of_the_config(tmp_path, capsys):
     monitor = {"class_path": "tests.cli.test_federated.Mark"}
-    command(tmp_path, "--pattern=Markov", "--arrival=1", trainer={"callbacks": [monitor]}, mean_rate=1.0)
+    given = {"mean_rate": 0.9, "concentration": 0.5, "preference": 3.0, "least_rate": 0.3, "seed": 4, "server_lr": 0.5}
+    command(tmp_path, "--pattern=Markov", "--arrival=1", trainer={"callbacks": [monitor]}, **given)
     assert "round 4" in capsys.readouterr().out
     with safe_open(tmp_path / "run/federated.safetensors", "pt") as file:
         about = json.loads(file.metadata()["lightning_soup.federated"])
-    assert about["settings"]["arrival"] == 1.0
+    rates = dirichlet_participation(
+        6, 3, mean_rate=0.9, concentration=0.5, preference=3.0, least=0.3, seed=4
+    ).rates.tolist()
+    expected = {"arrival": 1.0, "lr": 0.5, "cutoff": 5, "local_seed": 4, "pattern_seed": 4, "pattern_rates": rates}
+    assert {name: about["settings"][name] for name in expected} == expected
+    assert about["settings"]["local_steps"] == 2
     assert {row["mark"] for row in about["extra"]["history"] if row["participants"]} == {1.0}
 
 

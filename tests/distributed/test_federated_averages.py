@@ -281,6 +281,25 @@ def test_wrong_options():
             make()
 
 
+def test_every_option_is_among_the_settings_of_a_state():
+    for one, other in (
+        (FedAU(2), FedAU(3)),
+        (FedAU(2), FedAU(2, cutoff=5)),
+        (FedAU(2), FedAU(2, lr=0.5)),
+        (AverageAll(2), AverageAll(3)),
+        (AverageAll(2), AverageParticipating(2)),
+        (KnownParticipation({"a": 0.5}), KnownParticipation({"a": 0.6})),
+        (FedVARP(2), FedVARP(2, move_without_replies=False)),
+    ):
+        assert one.settings() != other.settings()
+
+
+def test_the_total_is_that_of_updates():
+    rule = MIFA(2)
+    assert rule.step(X, {"a": GOOD}).total == 0.5
+    assert rule.step(X, {"b": GOOD}).total == 0.5
+
+
 def test_a_remembered_tensor_that_does_not_fit_is_refused():
     rule = MIFA(2)
     rule.load_memory({"a": {"v": torch.zeros(2)}})

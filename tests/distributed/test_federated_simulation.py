@@ -81,12 +81,16 @@ def centre(value):
     return DataLoader(torch.tensor([value], dtype=torch.float64), 1)
 
 
-def tiny(rule=None, pattern=None, clients=4, **options):
+def tiny(rule=None, pattern=None, clients=4, module=None, **options):
     torch.manual_seed(5)
     rule = FedAU(clients, cutoff=5) if rule is None else rule
     pattern = Markov(np.linspace(0.3, 0.9, clients), seed=2, arrival=0.3) if pattern is None else pattern
     return FederatedSimulation(
-        TinyClassifier(batch_norm=True), [Data(n) for n in range(clients)], rule, pattern, local_steps=2, **options
+        TinyClassifier(batch_norm=True) if module is None else module,
+        [Data(n) for n in range(clients)],
+        rule,
+        pattern,
+        **{"local_steps": 2, **options},
     )
 
 
@@ -146,6 +150,15 @@ def test_buffers_are_averaged_over_participants():
     assert found["net.1.num_batches_tracked"].dtype == torch.int64
 
 
+def test_buffers_may_be_named():
+    for buffers, expected in ((None, 1.0), (["x"], 0.1)):
+        rule = KnownParticipation({0: 0.1})
+        simulation = FederatedSimulation(
+            Centre(), [centre(1.0)], rule, Bernoulli([1.0]), local_steps=1, buffers=buffers
+        )
+        assert simulation.run(1)["x"].item() == pytest.approx(expected)
+
+
 def test_random_numbers_outside_are_left_alone():
     simulation = tiny()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -174,6 +187,8 @@ def test_rounds_are_logged(tmp_path):
     simulation.logger.save()
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert len(lines) == 4
+    place = lines[0].split(",").index("step")
+    assert [line.split(",")[place] for line in lines[1:]] == ["1", "2", "3"]
     assert {"participants", "weight_max", "few_gaps", "total"} <= set(lines[0].split(","))
 
 
@@ -296,6 +311,8 @@ def test_folders_of_others_are_refused(tmp_path):
         (lambda: tiny(seed=1, folder=tmp_path), "local_seed was 0, is 1"),
         (lambda: tiny(pattern=Markov([0.5] * 4, seed=2, arrival=0.3), folder=tmp_path), "pattern_rates was"),
         (lambda: tiny(clients=5, folder=tmp_path), "population was 4, is 5.*clients was"),
+        (lambda: tiny(folder=tmp_path, local_steps=3), "local_steps was 2, is 3"),
+        (lambda: tiny(folder=tmp_path, module=TinyClassifier()), "tensors was"),
         (lambda: tiny(buffers=["net.1.running_mean"], folder=tmp_path), "buffers was"),
     ):
         with pytest.raises(UnsupportedSetup, match=message):

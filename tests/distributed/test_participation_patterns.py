@@ -71,6 +71,23 @@ def test_rates_that_follow_the_labels():
     assert flat.rates == pytest.approx(np.full(50, 0.1), rel=0.01)
 
 
+def test_labels_and_their_preference_have_their_own_concentrations():
+    found = dirichlet_participation(50, 10, concentration=1e6, preference=0.01, seed=0)
+    assert found.mixes == pytest.approx(np.full((50, 10), 0.1), abs=1e-3)
+    assert found.preference.max() > 0.5
+
+
+def test_every_option_is_among_the_settings_of_a_state():
+    for one, other in (
+        (Bernoulli([0.5]), Bernoulli([0.6])),
+        (Bernoulli([0.5]), Bernoulli([0.5], seed=1)),
+        (Bernoulli([0.5]), Markov([0.5])),
+        (Markov([0.5]), Markov([0.5], arrival=0.1)),
+        (Cyclic([0.5]), Cyclic([0.5], period=10)),
+    ):
+        assert one.settings() != other.settings()
+
+
 def test_rates_never_exceed_one():
     rates = np.concatenate([dirichlet_participation(100, 100, preference=0.01, seed=seed).rates for seed in range(20)])
     assert rates.max() == 1.0
