@@ -1,8 +1,10 @@
 """What a client's Trainer is given and leaves behind, modules that take no steps, and options that cannot work."""
 
 import gc
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -118,6 +120,18 @@ def test_several_optimizers_count_together():
     module = Two(every=1)
     train(module, 4)
     assert module.batches == 4
+
+
+def test_a_seed_is_that_of_all_generators():
+    class Drawn(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            for name, value in (("python", random.random()), ("numpy", np.random.rand()), ("torch", torch.rand(()))):
+                self.log(name, value)
+            return super().training_step(batch, batch_idx)
+
+    first, again, other = (train(Drawn(), 2, seed=seed).metrics for seed in (1, 1, 2))
+    assert first == again
+    assert all(first[name] != other[name] for name in ("python", "numpy", "torch"))
 
 
 def test_frozen_parameters_stay():

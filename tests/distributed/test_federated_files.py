@@ -41,6 +41,7 @@ def test_types_layouts_and_views_come_back(tmp_path, dtype):
         "a": base.contiguous(memory_format=torch.channels_last),
         "b": base[..., 1:3],
         "tied": base,
+        "to this one": base,
         "empty": base[:0],
         "transposed": base.transpose(1, 2),
     }
