@@ -134,6 +134,30 @@ def test_a_seed_is_that_of_all_generators():
     assert all(first[name] != other[name] for name in ("python", "numpy", "torch"))
 
 
+def test_every_client_and_round_has_its_seed():
+    class Drawn(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            drawn.append(torch.rand(()).item())
+            return super().training_step(batch, batch_idx)
+
+    drawn = []
+    data = [TinyData(), TinyData()]
+    FederatedSimulation(Drawn(), data, AverageAll(2), Bernoulli([1.0] * 2), local_steps=1).run(2)
+    assert len(set(drawn)) == 4
+
+
+def test_training_does_not_validate_unless_asked_for():
+    class Unvalidated(TinyClassifier):
+        def validation_step(self, batch, batch_idx):
+            seen.append(batch_idx)
+
+    seen = []
+    train(Unvalidated(), 12)
+    assert seen == []
+    train(Unvalidated(), 12, trainer={"limit_val_batches": 1})
+    assert seen == [0, 0]
+
+
 def test_frozen_parameters_stay():
     module = TinyClassifier()
     module.net[0].requires_grad_(False)
