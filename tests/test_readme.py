@@ -29,6 +29,7 @@ from lightning_soup.weights import combine, open_checkpoint
 from tests.helpers.adapters import write_adapter
 from tests.helpers.boring import TinyClassifier, TinyData
 from tests.helpers.ingredients import tiny_run
+from tests.helpers.texts import sums, write_fine_tune, write_lines, write_model, write_reward_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,6 +88,9 @@ def runs(tmp_path, monkeypatch):
         folder = write_adapter(tmp_path / f"runs/lora/checkpoint-{step}", adapter)
         state = {"global_step": step, "log_history": [{"step": step, "loss": 1 / step}]}
         (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_fine_tune(tmp_path / "sft_2", write_model(tmp_path / "sft_1"), size=0.01)
+    write_reward_model(tmp_path / "reward_model")
+    write_lines(tmp_path / "prompts.jsonl", sums(20))
     for folder in ("configs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)

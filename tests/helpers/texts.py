@@ -1,6 +1,7 @@
 """A tiny language model of transformers with its tokenizer, and files of texts, made without a network."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,32 @@ def write_model(folder: Path, seed: int = 0, **config: Any) -> Path:
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, **config})).save_pretrained(folder)
     return write_tokenizer(folder)
+
+
+def write_fine_tune(folder: Path, of: Path, seed: int = 1, size: float = 0.05) -> Path:
+    """A copy of a model's folder with weights that have moved a little."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(of, folder)
+    generator = torch.Generator().manual_seed(seed)
+    moved = {
+        name: (value + size * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        for name, value in load_file(of / "model.safetensors").items()
+    }
+    save_file(moved, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_reward_model(folder: Path, **config: Any) -> Path:
+    """A sequence classifier with one output."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = {"num_labels": 1, "pad_token_id": 2, **config}
+    AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**LLAMA, **config)).save_pretrained(folder)
+    return folder
 
 
 def write_lines(path: Path, examples: Sequence[Mapping[str, str]]) -> Path:

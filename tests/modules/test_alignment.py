@@ -21,7 +21,7 @@ from lightning_soup.modules.alignment_checks import check_fit
 from lightning_soup.modules.rollouts import sample, token_log_probabilities, until_end
 from lightning_soup.modules.soup_reference import SoupReference
 from lightning_soup.weights import open_checkpoint
-from tests.helpers.texts import sums, write_lines, write_model
+from tests.helpers.texts import sums, write_fine_tune, write_lines, write_model
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -37,14 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 def folder(tmp_path_factory):
     """Two models from one start, and prompts."""
     place = tmp_path_factory.mktemp("salsa")
-    write_model(place / "a", seed=0)
-    write_model(place / "b", seed=0)
-    weights = open_checkpoint(place / "a")
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(1)
-    moved = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
-    save_file(moved, place / "b" / "model.safetensors", {"format": "pt"})
+    write_fine_tune(place / "b", write_model(place / "a"))
     write_lines(place / "prompts.jsonl", [{"prompt": line["prompt"]} for line in sums(32)])
     return place
 

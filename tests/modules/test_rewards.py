@@ -5,19 +5,14 @@ import torch
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.rewards import RewardModel
-from tests.helpers.texts import LLAMA, write_model
+from tests.helpers.texts import write_model, write_reward_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     place = tmp_path_factory.mktemp("reward")
-    config = AutoConfig.for_model(**LLAMA, num_labels=1, pad_token_id=2)
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(place / "one")
-    config.num_labels = 2
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(place / "two")
+    write_reward_model(place / "one")
+    write_reward_model(place / "two", num_labels=2)
     return place
 
 

@@ -12,7 +12,7 @@ from lightning_soup.cli.main import main
 from lightning_soup.errors import UnwritableOutput
 from lightning_soup.recipes import UniformSoup, gather_ingredients, recook
 from lightning_soup.weights import combine, open_checkpoint
-from tests.helpers.texts import write_model
+from tests.helpers.texts import write_fine_tune, write_model
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
@@ -26,14 +26,10 @@ KINDS = {
 def folders(tmp_path, request):
     """Two models that are near each other."""
     first = write_model(tmp_path / "a", **KINDS[request.param])
-    second = write_model(tmp_path / "b", **KINDS[request.param])
-    weights = load_file(first / "model.safetensors")
     if "bfloat16" in request.param:
-        weights = {name: value.bfloat16() for name, value in weights.items()}
-        save_file(weights, first / "model.safetensors", {"format": "pt"})
-    generator = torch.Generator().manual_seed(1)
-    near = {n: (v + 0.01 * torch.randn(v.shape, generator=generator)).to(v.dtype) for n, v in weights.items()}
-    save_file(near, second / "model.safetensors", {"format": "pt"})
+        narrow = {name: value.bfloat16() for name, value in load_file(first / "model.safetensors").items()}
+        save_file(narrow, first / "model.safetensors", {"format": "pt"})
+    second = write_fine_tune(tmp_path / "b", first, size=0.01)
     return [str(first), str(second)]
 
 
