@@ -55,7 +55,7 @@ class OwnLoops:
                 parameter.requires_grad_(parameter.is_floating_point() and not name.startswith(metrics))
             with self.apart(), torch.enable_grad():
                 module.zero_grad(set_to_none=True)
-                result = self._validation_step(batch, dataloader_idx)
+                result = self.validation_step(batch, dataloader_idx)
                 loss = loss_of(result)
                 if loss is None or loss.grad_fn is None:
                     raise RecipeError(
@@ -116,7 +116,7 @@ class OwnLoops:
         layers = list(dict.fromkeys(named.values()))
         momenta = [layer.momentum for layer in layers]
         before = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers]
-        step = self._validation_step if is_overridden("validation_step", self.module) else self._predict
+        step = self.validation_step if is_overridden("validation_step", self.module) else self._predict
         try:
             with self.apart(), torch.no_grad():
                 for layer in layers:
@@ -168,7 +168,8 @@ class OwnLoops:
                 if isinstance(part, Metric):  # what these loops counted is no part of the next validation
                     part.reset()
 
-    def _validation_step(self, batch: Any, dataloader_idx: int = 0) -> Any:
+    def validation_step(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """What the module's ``validation_step`` returns for a batch, placed and converted as the Trainer does."""
         batch = self.precision.convert_input(self.placed(batch))
         step = self.module.validation_step
         with self.precision.forward_context():
