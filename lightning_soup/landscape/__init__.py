@@ -12,6 +12,7 @@ from lightning_soup.landscape.phases import assign as assign
 from lightning_soup.landscape.phases import calibrate as calibrate
 from lightning_soup.landscape.similarity import MinibatchCKA as MinibatchCKA
 from lightning_soup.landscape.similarity import cka as cka
+from lightning_soup.landscape.weight_statistics import weight_statistics as weight_statistics
 
 if TYPE_CHECKING:
     from lightning_soup.landscape.connectivity import Curve as Curve
