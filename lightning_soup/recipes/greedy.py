@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 
 from lightning_soup.evaluation.evaluator import Evaluator
+from lightning_soup.landscape.inspection import inspect_weights
 from lightning_soup.progress import Progress, silent
 from lightning_soup.recipes.checks import CommonStart, check_ingredients
-from lightning_soup.recipes.ingredient import Ingredient
+from lightning_soup.recipes.ingredient import Ingredient, as_ingredients
 from lightning_soup.recipes.recipe import Recipe, Soup, Trial, require_evaluator
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.geometry import relative_distance
@@ -29,6 +30,9 @@ class GreedySoup(Recipe):
         strict: Keep a candidate only if it is better (``>``), as the released code does, instead of at least as good
             (``≥``), as the paper says. They differ when scores tie, which is common on small validation sets.
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
+        screen: Leave out, before anything is evaluated, what the weights alone show to be hopeless
+            (:func:`.inspect_weights`): other tensors, NaN, another start than most, far away from the others. Each of
+            them saves two evaluations; the notes of the soup name them.
 
     Equal scores keep the order in which the ingredients were given (the released code reverses it).
 
@@ -37,6 +41,7 @@ class GreedySoup(Recipe):
 
     strict: bool = False
     common_start: CommonStart = "require"
+    screen: bool = False
 
     needs_evaluator: ClassVar[bool] = True
 
@@ -48,6 +53,7 @@ class GreedySoup(Recipe):
     ) -> Soup:
         """Choose the subset to average; see :meth:`.Recipe.cook`."""
         evaluator = require_evaluator(self, evaluator)
+        ingredients, left_out = screened(ingredients, evaluator, progress) if self.screen else (ingredients, ())
         found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
         scores = [evaluator.score(item.weights) for item in progress(found, "scoring ingredients", len(found))]
         order = sorted(range(len(found)), key=lambda i: -scores[i])
@@ -81,9 +87,21 @@ class GreedySoup(Recipe):
             metric=evaluator.metric,
             mode=evaluator.mode,
             history=tuple(history),
-            notes=notes,
+            notes=(*left_out, *notes),
             accumulate="float64",
         )
+
+
+def screened(
+    ingredients: Sequence[Ingredient | Source | WeightsFile], evaluator: Evaluator, progress: Progress = silent
+) -> tuple[list[Ingredient], tuple[str, ...]]:
+    """Ingredients without those that weights alone show to be hopeless, and a note on each that is left out."""
+    found = [item.without(evaluator.ignored()) for item in as_ingredients(ingredients)]
+    if len(found) < 2:
+        return found, ()
+    seen = inspect_weights([item.weights for item in found], labels=[item.name for item in found], progress=progress)
+    notes = tuple(f"left out unevaluated: {told}" for told in seen.verdict()[:-1]) if seen.hopeless else ()
+    return [item for i, item in enumerate(found) if i not in seen.hopeless], notes
 
 
 def _reason(values: dict[str, float], kept: bool, evaluator: Evaluator) -> str:
