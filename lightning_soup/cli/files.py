@@ -15,6 +15,7 @@ from lightning_soup.recipes import recook as cook_again
 from lightning_soup.recipes.interpolated import for_recipe
 from lightning_soup.recipes.soup_output import check_soup_output
 from lightning_soup.weights import open_checkpoint
+from lightning_soup.weights.atomic import check_writable, user_path
 from lightning_soup.weights.formats import EXPERTS_KEY
 
 if TYPE_CHECKING:
@@ -59,6 +60,33 @@ def soup(
     console.print(made.table())
     console.print(f"Saved: {plain(path)}")
     return made
+
+
+def inspect(checkpoints: list[str] | str, init: str | None = None, output: str = "inspection") -> None:
+    """Say which checkpoints can be averaged, by their weights alone.
+
+    Args:
+        checkpoints: Checkpoint files, run folders, patterns (``runs/*/checkpoints/*.ckpt``) or
+            ``wandb:entity/project/artifact:version``.
+        init: The weights that all started from, if they are there still: tells the angles between the updates.
+        output: Folder of ``inspection.json`` and of the picture.
+    """
+    from lightning_soup.landscape.inspection import inspect_weights
+    from lightning_soup.runs.inspection_report import inspection_table, write_inspection
+
+    folder = user_path(output)
+    check_writable(folder / "inspection.json")
+    found = gather_ingredients(checkpoints)
+    start = None if init is None else open_checkpoint(init)
+    seen = inspect_weights(
+        [item.weights for item in found], start, labels=[item.name for item in found], progress=rich_progress
+    )
+    write_inspection(folder, seen)
+    console = Console()
+    console.print(inspection_table(seen))
+    for line in seen.verdict():
+        console.print(plain(line))
+    console.print(f"Written to {plain(folder)}")
 
 
 def recook(file: str, output: str | None = None) -> Path:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from itertools import takewhile
 
 import lightning_soup
 from lightning_soup.cli.terminal import Terminated, ending_signals, status_of_loss, steady_output
@@ -14,6 +15,7 @@ _HELP = """\
 usage: lightning-soup COMMAND [options]        (lightning-soup COMMAND --help explains one)
 
   soup      cook a soup from checkpoints: from files alone, or with --config/--model/--data by validation
+  inspect   whether checkpoints can be averaged, and which: by weights, or with --config/--model/--data by validation
   sweep     train one ingredient per setting of a W&B sweep file, then cook them if asked
   resolution  evaluate a model at several image sizes, choose one on validation data, test there
   continual train a list of tasks in order, and judge all tasks after each (ZSCL)
@@ -96,19 +98,27 @@ def _run(arguments: list[str]) -> None:
         return
     if command == "soup":
         rest = _switch(_one_list(rest, "--ingredients"), "--recalibrate")
+    if command == "inspect":
+        rest = _one_list(_named(rest, "--checkpoints"), "--checkpoints")
     if command == "show":
         rest = _switch(rest, "--tensors")
     if command in _COMMANDS:
         positional = command != "federated"  # whose model and data are classes, named in its config
         _call(getattr(import_module(_COMMANDS[command]), command), rest, positional=positional)
-    elif command == "soup" and not any(a.startswith(_NEEDS_LIGHTNING) for a in rest):
-        _call(import_module("lightning_soup.cli.files").soup, rest, positional=False)
-    elif command in ("soup", "resolution") or command in _LIGHTNING:
+    elif command in ("soup", "inspect") and not any(a.startswith(_NEEDS_LIGHTNING) for a in rest):
+        _call(getattr(import_module("lightning_soup.cli.files"), command), rest, positional=False)
+    elif command in ("soup", "inspect", "resolution") or command in _LIGHTNING:
         import_module("lightning_soup.cli.soup_cli").SoupCLI([command, *rest])
     else:
-        known = ", ".join(["soup", "resolution", *_COMMANDS, *_LIGHTNING])
+        known = ", ".join(["soup", "inspect", "resolution", *_COMMANDS, *_LIGHTNING])
         sys.stderr.write(f"lightning-soup: unknown command {command!r}. Known: {known}.\n")
         raise SystemExit(2)
+
+
+def _named(arguments: list[str], flag: str) -> list[str]:
+    """Let the words before the first option be the values of a list option."""
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    return [flag, *arguments] if words else arguments
 
 
 def _one_list(arguments: list[str], flag: str) -> list[str]:

@@ -26,11 +26,11 @@ from lightning_soup.weights import open_checkpoint
 __all__ = ["SoupCLI"]
 
 _FIT_ONLY = ("ckpt_path", "weights_only")
-_OUR_OWN = ("soup", "resolution")
+_OUR_OWN = ("soup", "inspect", "resolution")
 
 
 class SoupCLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, `soup` and `resolution` for any LightningModule and LightningDataModule.
+    """`fit`, `validate`, `test`, `predict`, `soup`, `inspect`, `resolution` for any module and data of Lightning.
 
     The model and the data are named in the config by `class_path` and `init_args`, or by flags:
     `--model ImageClassifier --model.lr 0.001`. Modules in the current folder can be named too.
@@ -64,7 +64,7 @@ class SoupCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The trainer's methods that are subcommands, and the arguments that the CLI itself provides."""
         own = {"model", "dataloaders", "datamodule"}
-        return {**LightningCLI.subcommands(), "soup": own, "resolution": own}
+        return {**LightningCLI.subcommands(), **dict.fromkeys(_OUR_OWN, own)}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Let our own take the config that a `fit` saved, with what only `fit` uses in it, and all take a task file."""

@@ -18,6 +18,8 @@ from lightning_soup.progress import rich_progress, silent
 from lightning_soup.recipes import Ingredient, Recipe, Soup, UniformSoup, gather_ingredients
 from lightning_soup.recipes.soup_output import check_soup_output
 from lightning_soup.runs.cooking import cook_all, measure
+from lightning_soup.runs.inspection import Inspected, inspect_checkpoints
+from lightning_soup.runs.inspection_report import inspection_table, verdict, write_inspection
 from lightning_soup.runs.resolution_report import log_resolution, resolution_table, test_scores, write_resolution
 from lightning_soup.runs.tracking import log_report, log_soup
 from lightning_soup.weights.atomic import check_writable, user_path
@@ -27,7 +29,7 @@ from lightning_soup.weights.weights_file import open_checkpoint
 
 
 class SoupTrainer(Trainer):
-    """A Lightning Trainer with ``soup`` and ``resolution`` beside ``fit``, ``validate``, ``test`` and ``predict``."""
+    """A Lightning Trainer with ``soup``, ``inspect`` and ``resolution`` beside its own methods."""
 
     def soup(
         self,
@@ -126,6 +128,68 @@ class SoupTrainer(Trainer):
             log_report(self.loggers, measured, path)
         soup.apply_to(model)
         return soup
+
+    def inspect(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        checkpoints: list[str] | str,
+        metric: str = "val_loss",
+        mode: Literal["min", "max"] | None = None,
+        init: str | None = None,
+        budget: int | None = None,
+        tolerance: float | None = None,
+        output: str = "inspection",
+    ) -> Inspected:
+        """Say which checkpoints can be averaged: by their weights, and by what validation says in between.
+
+        Args:
+            model: The module that the checkpoints belong to; its weights are overwritten.
+            datamodule: Validation data, and training data where BatchNorm's statistics were trained.
+            checkpoints: Checkpoint files, run folders, patterns or ``wandb:entity/project/artifact:version``.
+            metric: Metric that the validation step logs.
+            mode: Whether a large (max) or a small (min) value of the metric is good.
+            init: The weights that all started from, if they are there still.
+            budget: Evaluations at most; by default four for each checkpoint.
+            tolerance: Barriers up to this count as none; by default a tenth of the median value of the metric.
+            output: Folder of ``inspection.json`` and the pictures.
+
+        Returns:
+            What was found.
+
+        Raises:
+            LightningSoupError: Fewer than two checkpoints, files that cannot be read, an unknown metric, a folder that
+                cannot be written.
+        """
+        if self.world_size > 1:
+            raise UnsupportedSetup(
+                f"inspect evaluates on one device, but the Trainer has {self.world_size}. Pass --trainer.devices=1."
+            )
+        if datamodule is None or not is_overridden("val_dataloader", datamodule):
+            raise UnsupportedSetup(
+                "inspect with a module needs a data module with validation data (--data). Without, leave out the model "
+                "too: weights are compared by themselves."
+            )
+        folder = user_path(output)
+        check_writable(folder / "inspection.json")
+        start = None if init is None else Ingredient.from_path(init)
+        shown = silent if self.progress_bar_callback is None else rich_progress
+        found = inspect_checkpoints(
+            gather_ingredients(checkpoints),
+            start,
+            ModuleEvaluator(model, datamodule, metric, mode, self),
+            budget=budget,
+            tolerance=tolerance,
+            progress=shown,
+        )
+        write_inspection(folder, found.seen, found.basins, found.alike)
+        self._tell(
+            inspection_table(found.seen, found.basins),
+            *verdict(found.seen, found.basins),
+            f"Written to {plain(folder)}",
+        )
+        return found
 
     def resolution(
         self,

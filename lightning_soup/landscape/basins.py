@@ -1,6 +1,7 @@
 """Which networks lie in one basin, by what is measured in the middle between two of them."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from lightning_soup.errors import NonFiniteScore, NonFiniteWeights, UnsupportedSetup
 from lightning_soup.evaluation.evaluator import Evaluator, Weights
-from lightning_soup.landscape.inspection import components
 from lightning_soup.progress import Progress, silent
 from lightning_soup.weights.combine import combine
 from lightning_soup.weights.weights_file import Source, WeightsFile, open_checkpoint
@@ -28,8 +28,10 @@ class Basins:
         middle: Q in the middle between two, ``[K, K]``; NaN where it was not measured.
         metric: What Q is.
         tolerance: Barriers up to this count as none.
-        basins: The networks' numbers by basin, the one with the best network first.
-        order: Those of the first basin, best first: the order in which a greedy soup will take them up.
+        basins: The networks' numbers by basin, the largest first.
+        poor: Those whose own Q is more than three times the median, and ten tolerances above the best: no barrier could
+            be told from that.
+        order: Those of the largest basin, best first: the order in which a greedy soup will take them up.
         evaluations: How many were made, and how many would be needed for all pairs.
     """
 
@@ -38,6 +40,7 @@ class Basins:
     metric: str
     tolerance: float
     basins: tuple[tuple[int, ...], ...]
+    poor: tuple[int, ...]
     order: tuple[int, ...]
     evaluations: tuple[int, int]
 
@@ -51,7 +54,13 @@ class Basins:
         """In plain words."""
         told = []
         main = self.basins[0]
+        for i in self.poor:
+            told.append(
+                f"{labels[i]} is far worse by itself: {self.metric} {self.q[i]:.3g}, the best has {min(self.q):.3g}."
+            )
         for basin in self.basins[1:]:
+            if set(basin) <= set(self.poor):
+                continue
             between = self.barriers[list(basin)][:, list(main)]
             known = between[between.isfinite()]
             height = (
@@ -80,8 +89,8 @@ def find_basins(
     """Evaluate networks, and the middles between them, and say which lie together.
 
     The best is compared with all others first; those apart from it, in order of their score, with one another; what
-    remains of the budget goes to the other pairs. Two networks are in one basin where a chain of pairs without a
-    barrier joins them.
+    remains of the budget goes to the other pairs. Then, best first, each joins the basin to whose members its barriers
+    are lowest in the median, if that is none, or begins another.
 
     Args:
         checkpoints: K networks that can be averaged.
@@ -112,18 +121,42 @@ def find_basins(
     middle = torch.full((count, count), math.nan, dtype=torch.float64)
     order = sorted(range(count), key=lambda i: q[i])
 
+    usual = finite[len(finite) // 2] if finite else math.inf
+    poor = tuple(i for i in range(count) if not q[i] <= max(3 * usual, q[order[0]] + 10 * tolerance))
+
     def linked(i: int, j: int) -> bool:
         value = float(middle[i, j])
+        if i in poor or j in poor:
+            return False
         return math.isfinite(value) and value - (q[i] + q[j]) / 2 <= tolerance
 
-    for i, j in progress(_pairs(order, linked, budget - count), "midpoints", budget - count):
+    for i, j in progress(
+        _pairs([i for i in order if i not in poor], linked, budget - count), "midpoints", budget - count
+    ):
         middle[i, j] = middle[j, i] = judge([opened[i], opened[j]])
-    parts = components(order, linked)
-    parts.sort(key=lambda part: min(order.index(i) for i in part))
+    parts = _grouped(order, poor, middle, q, tolerance)
     main = sorted(parts[0], key=lambda i: q[i])
     name = evaluator.metric if evaluator.mode == "min" else f"1 − {evaluator.metric}"
     done = judge.evaluations, count + pairs
-    return Basins(tuple(q), middle, name, tolerance, tuple(map(tuple, parts)), tuple(main), done)
+    return Basins(tuple(q), middle, name, tolerance, tuple(map(tuple, parts)), poor, tuple(main), done)
+
+
+def _grouped(
+    order: Sequence[int], poor: Sequence[int], middle: Tensor, q: Sequence[float], tolerance: float
+) -> list[list[int]]:
+    """Basins, the largest first; of equal ones that with the best network."""
+    parts: list[list[int]] = []
+    for i in order:
+        heights = []
+        for part in parts if i not in poor else ():
+            known = [float(middle[i, j]) - (q[i] + q[j]) / 2 for j in part if not math.isnan(float(middle[i, j]))]
+            heights.append((statistics.median(known) if known else math.inf, len(heights)))
+        height, which = min(heights, default=(math.inf, 0))
+        if height <= tolerance:
+            parts[which].append(i)
+        else:
+            parts.append([i])
+    return sorted((sorted(part) for part in parts), key=lambda part: (-len(part), min(order.index(i) for i in part)))
 
 
 def _pairs(order: Sequence[int], linked: Callable[[int, int], bool], count: int) -> Iterator[Pair]:
@@ -137,7 +170,7 @@ def _pairs(order: Sequence[int], linked: Callable[[int, int], bool], count: int)
                 asked.add(pair)
                 yield pair
 
-    hub = order[0]
+    hub = order[0] if order else -1
     yield from new((hub, other) for other in order[1:])
     apart = [i for i in order[1:] if not linked(hub, i)]
     yield from new((i, j) for a, i in enumerate(apart) for j in apart[a + 1 :])

@@ -60,7 +60,8 @@ class Inspection:
         for group in self.groups[1:]:
             told.append(
                 f"{self._named(group)} {'comes' if len(group) == 1 else 'come'} from another start than the other "
-                f"{len(self.groups[0])}: their weight matrices have nothing in common, and neither has an average."
+                f"{len(self.groups[0])}, or went so far that nothing is left of it: the weight matrices have no "
+                "more in common than by chance, and an average would be of no use."
             )
         for i, times in self.far.items():
             told.append(

@@ -62,7 +62,8 @@ def test_what_is_not_finite_is_outside():
     found = find_basins(points((1, 0.1), (math.nan, 0), (1, 0.2)), Wells())
     assert found.basins == ((0, 2), (1,))
     assert found.q[1] == math.inf
-    assert "b lies outside the basin of the other 2: no finite value" in found.verdict(["a", "b", "c"])[0]
+    assert found.poor == (1,)
+    assert found.verdict(["a", "b", "c"])[0] == "b is far worse by itself: val_loss inf, the best has 0.01."
 
 
 class Nearness(Evaluator):
