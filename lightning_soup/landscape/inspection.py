@@ -61,9 +61,9 @@ class Inspection:
         for group in (*(group for group in self.groups[1:] if len(group) > 1), *([alone] if alone else [])):
             verb = "comes" if len(group) == 1 else "come" if group is not alone else "each come"
             told.append(
-                f"{self._named(group)} {verb} from another start than the other {len(self.groups[0])}, or went so far that "
-                "nothing is left of it: the weight matrices have no more in common than by chance, and an average would "
-                "be of no use."
+                f"{self._named(group)} {verb} from another start than the other {len(self.groups[0])}, or went so far "
+                "that nothing is left of it: the weight matrices have no more in common than by chance, and an average "
+                "would be of no use."
             )
         for i, times in self.far.items():
             told.append(
