@@ -28,6 +28,7 @@ _ROOMS = {
     ),
     "lightning_soup.cli": ("SoupTrainer",),
     "lightning_soup.data": (
+        "CrowdDataModule",
         "DigitStyleReference",
         "DigitStylesDataModule",
         "HandwritingDataModule",

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_soup.data.crowd import CrowdDataModule as CrowdDataModule
     from lightning_soup.data.digit_styles import DigitStyleReference as DigitStyleReference
     from lightning_soup.data.digit_styles import DigitStylesDataModule as DigitStylesDataModule
     from lightning_soup.data.handwriting import Affine as Affine
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Affine": "handwriting",
     "Augmentation": "transforms",
+    "CrowdDataModule": "crowd",
     "DigitStyleReference": "digit_styles",
     "DigitStylesDataModule": "digit_styles",
     "HandwritingDataModule": "handwriting",
@@ -30,7 +32,10 @@ _HOME = {
     "Reference": "reference",
     "ReferenceFiles": "reference",
     "TextDataModule": "texts",
+    "Votes": "votes",
     "TorchvisionDataModule": "torchvision_sets",
+    "read_votes": "votes",
+    "soft_labels": "soft_labelling",
 }
 
 

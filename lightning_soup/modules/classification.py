@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.robustness import Classes, check_classes, project, project_targets
 from lightning_soup.layers.moe import RandomUniformMoE
+from lightning_soup.modules.distillation import soft_target_kl
 from lightning_soup.modules.optimization import adamw_with_cosine, parameter_groups
 from lightning_soup.modules.regularizers import Regularizer
 from lightning_soup.weights.formats import CLASS_NAMES_KEY, EXPERTS_KEY
@@ -128,6 +129,16 @@ class ClassificationModule(LightningModule, ABC):
         return loss + penalty
 
     def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        soft = self.hparams.get("targets", "hard") == "soft"
+        if soft != (targets.ndim == 2):
+            raise UnsupportedSetup(
+                "targets='soft', but the training data has class numbers: give rows of probabilities "
+                "(CrowdDataModule), or set targets='hard'."
+                if soft
+                else "targets='hard', but the training data has rows of probabilities: set targets='soft'."
+            )
+        if soft:
+            return soft_target_kl(logits, targets, self.hparams.label_smoothing)
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.hparams.label_smoothing)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
@@ -162,7 +173,10 @@ class ClassificationModule(LightningModule, ABC):
         if classes is not None:
             check_classes(classes, logits.shape[1])
             logits, targets = project(logits, classes), project_targets(targets, classes)
-        loss = F.cross_entropy(logits.float(), targets)
+        if targets.ndim == 2:  # soft labels are judged by their largest class
+            loss, targets = soft_target_kl(logits, targets), targets.argmax(1)
+        else:
+            loss = F.cross_entropy(logits.float(), targets)
         if not logs:
             return loss
         suffix = "" if index == 0 else f"/{self._set_name(stage, index)}"

@@ -1,7 +1,7 @@
 """ImageClassifier: fine-tuning any timm model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -50,6 +50,8 @@ class ImageClassifier(ClassificationModule):
         layer_decay: Each layer learns this factor slower than the one above it (0.65 to 0.9 for ViTs). None: all alike.
         label_smoothing: Share of the target spread over all classes, in training only.
         mixup: α of mixup (Zhang et al. 2018): pairs of images are blended with λ ~ Beta(α, α). 0: none.
+        targets: What the training data has: ``hard``, class numbers, or ``soft``, rows of probabilities, such as
+            :class:`.CrowdDataModule` gives, learned by KL divergence (:func:`.soft_target_kl`).
         train_sizes: Train at several image sizes: each step resizes its batch to one of these sides (bicubic, in
             float32), drawn by the number of the step. ViTs are built with ``dynamic_img_size`` for it, so that their
             position embedding stays on the grid of ``img_size``; CNNs need nothing. The cost of a step grows with the
@@ -87,6 +89,7 @@ class ImageClassifier(ClassificationModule):
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        targets: Literal["hard", "soft"] = "hard",
         train_sizes: list[int] | None = None,
         token_budget: float | None = None,
         lora: LoRA | None = None,
@@ -102,6 +105,8 @@ class ImageClassifier(ClassificationModule):
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup, layer_decay)
         if lora is not None and layer_decay is not None:
             raise UnsupportedSetup(f"layer_decay={layer_decay} is for training all layers; leave it out beside lora.")
+        if targets not in ("hard", "soft"):
+            raise UnsupportedSetup(f"targets={targets!r}: expected hard or soft.")
         if token_budget is not None and train_sizes is None:
             raise UnsupportedSetup(f"token_budget={token_budget} is for train_sizes: give them, or leave it out.")
         self.save_hyperparameters(ignore=["lora", "regularizer"])
@@ -155,6 +160,11 @@ class ImageClassifier(ClassificationModule):
             raise UnsupportedSetup(
                 f"The data has {classes} classes, the head of the model {self.hparams.num_classes}. "
                 f"Set num_classes={classes}."
+            )
+        gives_soft = getattr(self.trainer.datamodule, "soft_targets", False)
+        if stage == "fit" and gives_soft and self.hparams.targets == "hard":
+            raise UnsupportedSetup(
+                f"{type(self.trainer.datamodule).__name__} gives soft labels, but targets='hard'. Set targets='soft'."
             )
         super().setup(stage)
 

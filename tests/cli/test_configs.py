@@ -21,6 +21,7 @@ COMMANDS = {
     "model_soup.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
     "zscl_digits.yaml": ["fit"],
     "zscl_mtil.yaml": ["fit"],
+    "crowd_digits.yaml": ["fit"],
     "ewa_vit.yaml": ["fit"],
     "ewa_vit_cifar100.yaml": ["fit"],
     "ewa_finetune.yaml": ["fit", "--config", str(CONFIGS / "image_classifier.yaml")],
