@@ -194,8 +194,8 @@ def main() -> None:
         [
             "### Crowd soft labels: digits labelled by simulated workers",
             f"{options.seeds} draws of digits and votes, {options.networks} trainings for each, mean ± standard "
-            "deviation. CLL: cross entropy after temperature scaling, lower is better; tested on noisy, dimmed digits, and "
-            "on MNIST.",
+            "deviation. CLL: cross entropy after temperature scaling, lower is better; tested on noisy, dimmed "
+            "digits, and on MNIST.",
             tables(quality, found),
             verdicts(claims(quality, found)),
             "What this does not say: that the mean has the best CLL or F1 on average.",
