@@ -182,7 +182,8 @@ def controlled_beta(beta: float, kl: float, target: float, horizon: float, respo
         beta: β of this batch.
         kl: KL of this batch, in nats a response.
         target: KL that is wanted.
-        horizon: Responses within which the controller acts.
+        horizon: Responses within which the controller acts; a batch of more counts as so many, or β could change its
+            sign.
         responses: n of this batch, on all ranks.
     """
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * responses / horizon)
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(responses / horizon, 1))

@@ -37,7 +37,8 @@ class SoupReference:
             rounded once. None: as the trained model.
 
     Raises:
-        UnsupportedSetup: No checkpoints, or coefficients that are not one each, finite, and 1 in sum.
+        UnsupportedSetup: No list of checkpoints, coefficients that are not one each, finite, and 1 in sum, or another
+            type.
 
     Source: Chegini et al., SALSA: Soup-based Alignment Learning for Stronger Adaptation in RLHF (arXiv 2411.01798),
     whose c is (α, 1 − α) with α = ½.
@@ -48,10 +49,11 @@ class SoupReference:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoints, str) or not self.checkpoints:
-            raise UnsupportedSetup(
-                f"SoupReference(checkpoints={self.checkpoints!r}): expected a list of files or folders."
-            )
+        if not isinstance(self.checkpoints, (list, tuple)) or not self.checkpoints:
+            given = f"{self.checkpoints!r:.200}"
+            raise UnsupportedSetup(f"SoupReference(checkpoints={given}): expected a list of files or folders.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise UnsupportedSetup(f"SoupReference(dtype={self.dtype!r}): expected float32, bfloat16 or float16.")
         if self.coefficients is None:
             return
         fitting = len(self.coefficients) == len(self.checkpoints) and all(map(math.isfinite, self.coefficients))
@@ -60,8 +62,6 @@ class SoupReference:
                 f"SoupReference(coefficients={list(self.coefficients)}): expected one finite number for each of the "
                 f"{len(self.checkpoints)} checkpoints, with the sum 1."
             )
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise UnsupportedSetup(f"SoupReference(dtype={self.dtype!r}): expected float32, bfloat16 or float16.")
 
     @property
     def row(self) -> list[float]:

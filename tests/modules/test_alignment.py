@@ -21,7 +21,8 @@ from lightning_soup.modules.alignment_checks import check_fit
 from lightning_soup.modules.rollouts import sample, token_log_probabilities, until_end
 from lightning_soup.modules.soup_reference import SoupReference
 from lightning_soup.weights import open_checkpoint
-from tests.helpers.texts import sums, write_fine_tune, write_lines, write_model
+from tests.helpers.salsa import assert_same, count_digits, data, fit, module, weights_of, write_pair
+from tests.helpers.texts import write_model
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import run_on_two_ranks
 
@@ -36,44 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two models from one start, and prompts."""
-    place = tmp_path_factory.mktemp("salsa")
-    write_fine_tune(place / "b", write_model(place / "a"))
-    write_lines(place / "prompts.jsonl", [{"prompt": line["prompt"]} for line in sums(32)])
-    return place
-
-
-def count_digits(sequences, kinds):
-    """A reward: tokens 29 to 38 are the digits."""
-    return ((sequences >= 29) & (sequences < 39) & (kinds == 2)).sum(1).float()
-
-
-def module(folder, **options):
-    reference = SoupReference([str(folder / "a"), str(folder / "b")])
-    given = {"reward": count_digits, "reference": reference, "lr": 1e-2, "max_new_tokens": 6, "epochs": 2, **options}
-    return SalsaPPO(str(folder / "a"), **given)
-
-
-def data(folder, **options):
-    return PromptDataModule(
-        str(folder / "prompts.jsonl"), str(folder / "a"), **{"batch_size": 8, "val_fraction": 0.25, **options}
-    )
-
-
-def fit(module, folder, tmp_path, *callbacks, ckpt_path=None, data_options=(), **options):
-    seed_everything(0, verbose=False)
-    trainer = quiet_trainer(callbacks=[*callbacks], default_root_dir=tmp_path, **{"max_epochs": 2, **options})
-    trainer.fit(module, datamodule=data(folder, **dict(data_options)), ckpt_path=ckpt_path)
-    return trainer
-
-
-def weights_of(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    return write_pair(tmp_path_factory.mktemp("salsa"))
 
 
 # --------------------------------------------------------------------------------------------------- against theory
@@ -583,6 +547,14 @@ def test_references_that_do_not_fit(folder, tmp_path):
     for checkpoints, coefficients in (("a.ckpt", None), ([], None), (["a", "b"], [1.0]), (["a", "b"], [0.7, 0.7])):
         with pytest.raises(UnsupportedSetup, match="SoupReference"):
             SoupReference(checkpoints, coefficients)
+
+
+def test_what_is_no_reference():
+    for options in ({"checkpoints": Path("a")}, {"checkpoints": {"w": torch.ones(2)}}, {"checkpoints": None}):
+        with pytest.raises(UnsupportedSetup, match="expected a list of files or folders"):
+            SoupReference(**options)
+    with pytest.raises(UnsupportedSetup, match="dtype='int8'"):  # also without coefficients
+        SoupReference(["a"], dtype="int8")
 
 
 def test_prompts_padded_on_the_right(folder, tmp_path):
