@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.alignment_checks import (
     check_fit,
+    check_positions,
     check_prompts,
     check_values,
     check_vocabularies,
@@ -71,7 +72,9 @@ class SalsaPPO(CausalLM):
     reference in nats a response, by k1; ``objective``, reward − β·kl; ``length``. In training also ``beta``,
     ``policy_loss``, ``value_loss``, ``clipped`` (share of tokens whose ratio left 1 ± ε) and ``entropy``, in
     validation ``kl_start``, the divergence from θ_1: only this can be compared between references, since KL to its own
-    soup flatters SALSA. Report, too, what the soup does without any training.
+    soup flatters SALSA. Report, too, what the soup does without any training. θ_1 is what the module's first training
+    starts from. A policy that is loaded from a checkpoint and only validated does not know it: then ``val_kl_start`` is
+    left out, and without ``reference`` ``val_kl`` and ``val_objective`` are.
 
     Manual optimization has no ``Trainer(accumulate_grad_batches, gradient_clip_val)``: take ``micro_batches`` and
     ``max_grad_norm``. To compile the networks, call ``module.model.compile()``. Checkpoints hold policy and value
@@ -81,7 +84,8 @@ class SalsaPPO(CausalLM):
         model_name: θ_1: a folder of transformers, or a name on the Hugging Face hub (downloaded once).
         model_config: Instead, a new model: ``{model_type: llama, hidden_size: 64, …}``.
         reward: ``reward(sequences, kinds) -> scores``: a function, an object that can be called, or
-            :class:`.RewardModel`; see :data:`.Reward`. In YAML the name of a function, or a ``class_path``.
+            :class:`.RewardModel`; see :data:`.Reward`. In YAML the name of a function, or a ``class_path``. One that
+            is an ``nn.Module`` is used in evaluation mode, and neither trained nor saved.
         reference: What π_ref is made of; None: θ_1.
         beta: β. If it is large, the policy is taught by the divergence instead of the reward.
         kl_estimator: ``k1`` or ``k3``, see :func:`.kl_to_reference`.
@@ -186,6 +190,8 @@ class SalsaPPO(CausalLM):
 
     def setup(self, stage: str) -> None:
         """Build the reference, and look at everything before a token is written."""
+        if stage == "predict":
+            return  # logits need neither reward nor reference
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
         reward, reference = self._given["reward"], self._given["reference"]
         check_fit(self.trainer, reward, two_optimizers=self.hparams.lr_value is not None)
@@ -193,23 +199,36 @@ class SalsaPPO(CausalLM):
         self._ends, self._pad = special_tokens(self.policy, tokenizer)
         if stage == "fit":
             self.beta, self.batches = self.hparams.beta, 0
-        # Where a trained policy is only validated, θ_1 is not known.
+            if self._frozen is not None:
+                self._frozen.models.pop("reference", None)  # it is read anew, and there is one copy at a time
+        # Where a trained policy is only validated, θ_1 is not known, unless it was trained just now.
         start = stage == "fit" and (reference is None or self.hparams.kl_to_start)
-        self._frozen = FrozenPolicies(self, reference, start)
+        self._frozen = FrozenPolicies(self, reference, start, self._frozen)
 
     def on_fit_start(self) -> None:
         """Bring what is frozen to the device, in the type that the policy has by now."""
-        self._place()
+        self._place(self.device)
 
     def on_validation_start(self) -> None:
         """Likewise, where there is no fit."""
-        self._place()
+        self._place(self.device)
 
-    def _place(self) -> None:
-        self._frozen.place()
+    def on_test_start(self) -> None:
+        """Likewise."""
+        self._place(self.device)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the device, as the module does."""
+        if self._frozen is not None:
+            self._place(torch.device("cpu"))
+
+    def _place(self, device: torch.device) -> None:
+        self._frozen.place(device)
         reward = self._given["reward"]
         if isinstance(reward, (nn.Module, RewardModel)):
-            reward.to(self.device)
+            reward.to(device)
+        if isinstance(reward, nn.Module):
+            reward.eval()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW for all, or one for the policy and one for the value function."""
@@ -233,6 +252,11 @@ class SalsaPPO(CausalLM):
     def steps_per_batch(self) -> int:
         """Optimizer steps, of all optimizers, that are taken for each batch of prompts."""
         return self.hparams.epochs * self.hparams.minibatches * (1 if self.hparams.lr_value is None else 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, V]`` of the token after each one, of prompts padded on either side."""
+        attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.policy(**model_inputs(self.policy, input_ids, attention)).logits
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -265,6 +289,7 @@ class SalsaPPO(CausalLM):
         """
         prompts, attention = check_prompts(batch)
         hparams = self.hparams
+        check_positions(self.policy, attention, hparams.max_new_tokens)
         with torch.no_grad(), evaluating(self):
             with fork_rng(seed, prompts.device):
                 responses = sample(
@@ -280,21 +305,25 @@ class SalsaPPO(CausalLM):
             sequences, attention = torch.cat([prompts, responses], 1), torch.cat([attention, mask], 1)
             log_old, values = self.evaluate(sequences, attention, mask)
             log_ref = self._frozen.log_probabilities("reference", sequences, attention, mask)
-            log_ref = log_old if log_ref is None else log_ref  # a trained policy is validated, and θ_1 not known
-            scores = agreed_scores(self._given["reward"], sequences, kinds_of_tokens(attention, mask), self._total)
+            known = log_ref is not None
+            log_ref = log_ref if known else log_old  # a trained policy is validated, and θ_1 not known
+            # A copy, since the reward may write into what it is given.
+            scores = agreed_scores(
+                self._given["reward"], sequences.clone(), kinds_of_tokens(attention, mask), self._total
+            )
             kl = kl_to_reference(log_old, log_ref, hparams.kl_estimator)
             rewards = token_rewards(kl, scores.to(kl), mask, self.beta)
             advantages, returns = advantages_and_returns(rewards, values, mask, hparams.gamma, hparams.lam)
             whitened = whiten(advantages, mask, self._total)
-        kl = divergence(log_old, log_ref, mask)
         figures = {
             "reward": scores.mean(),
-            "kl": kl,
-            "objective": scores.mean() - self.beta * kl,
             "length": mask.sum(1).float().mean(),
             "beta": torch.tensor(self.beta),
             "entropy": -(log_old * mask).sum() / mask.sum(),
         }
+        if known:
+            kl = divergence(log_old, log_ref, mask)
+            figures |= {"kl": kl, "objective": scores.mean() - self.beta * kl}
         return Rollout(sequences, attention, mask, scores, log_old, log_ref, values, whitened, returns), figures
 
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -352,7 +381,8 @@ class SalsaPPO(CausalLM):
         if not shared:
             inputs = model_inputs(self.value_network, sequences, attention)
             states = self.value_network(**inputs).last_hidden_state[:, -count - 1 : -1]
-        return log_pi * mask, self.value_head(states).squeeze(2).to(log_pi) * mask
+        # A token that may never be written has −∞ where it is padding, and −∞·0 is NaN.
+        return log_pi.masked_fill(mask == 0, 0.0), self.value_head(states).squeeze(2).to(log_pi) * mask
 
     def _total(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -363,7 +393,8 @@ class SalsaPPO(CausalLM):
     def seed_of(self, purpose: Literal["train", "val", "test", "order"], number: int) -> int:
         """The seed of what is drawn for a batch on this rank."""
         which = ("train", "val", "test", "order").index(purpose)
-        return ((self.hparams.seed * 4 + which) * 65_536 + self.global_rank) * 4_194_304 + number
+        found = ((self.hparams.seed * 4 + which) * 65_536 + self.global_rank) * 4_194_304 + number
+        return found % 9_000_000_000_000_000_000  # torch takes no larger ones, and dates are popular seeds
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -378,7 +409,7 @@ class SalsaPPO(CausalLM):
     @torch.compiler.disable
     def _judge(self, stage: Literal["val", "test"], batch: Tokens, batch_idx: int) -> Tensor:
         rollout, figures = self.rollout(batch, self.seed_of(stage, batch_idx))
-        named = {name: figures[name] for name in ("reward", "kl", "objective", "length")}
+        named = {name: figures[name] for name in ("reward", "kl", "objective", "length") if name in figures}
         log_start = self._frozen.log_probabilities("start", rollout.sequences, rollout.attention, rollout.mask)
         if log_start is not None and self.hparams.kl_to_start:
             named["kl_start"] = divergence(rollout.log_old, log_start, rollout.mask)
@@ -398,7 +429,7 @@ class SalsaPPO(CausalLM):
             "beta": self.beta,
             "batches": self.batches,
             "reference": made_of,
-            "digest": self._frozen.digest,
+            "digest": None if self._frozen is None else self._frozen.digest,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -411,7 +442,7 @@ class SalsaPPO(CausalLM):
         state = checkpoint.get(_STATE)
         if state is None or self._trainer is None or self._trainer.state.fn != "fit":
             return
-        if state["digest"] != self._frozen.digest:
+        if state["digest"] not in (None, self._frozen.digest):  # None: of a policy that no Trainer has trained
             raise UnsupportedSetup(
                 f"The checkpoint was trained with the reference {state['reference'] or 'model_name'}, whose weights "
                 f"were {state['digest']}; they are {self._frozen.digest} now. Give the same reference and model_name, "

@@ -15,10 +15,11 @@ from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.extras import import_extra
 from lightning_soup.modules.optimization import check_ranges
 from lightning_soup.modules.rewards import RewardModel
+from lightning_soup.modules.rollouts import position_limit
 from lightning_soup.modules.soup_reference import SoupReference
 from lightning_soup.weights.weights_file import open_checkpoint
 
-__all__ = ["check_fit", "check_prompts", "check_values", "check_vocabularies", "special_tokens"]
+__all__ = ["check_fit", "check_positions", "check_prompts", "check_values", "check_vocabularies", "special_tokens"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -181,3 +182,24 @@ def check_prompts(batch: Any) -> tuple[Tensor, Tensor]:
             "prompts, so these are padded on the left (padding_side='left', or PromptDataModule)."
         )
     return tokens, attention
+
+
+def check_positions(policy: nn.Module, attention: Tensor, max_new_tokens: int) -> None:
+    """Refuse prompts whose responses would leave the table of positions, which is a crash on a GPU.
+
+    Args:
+        policy: A causal language model of transformers.
+        attention: 1 at the tokens of the prompts, ``[B, P]``.
+        max_new_tokens: Tokens of a response at most.
+
+    Raises:
+        UnsupportedSetup: One is too long.
+    """
+    limit = position_limit(policy)
+    longest = 0 if limit is None else int(attention.sum(1).max())
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UnsupportedSetup(
+            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the {limit} positions of "
+            f"{type(policy).__name__}. Give a smaller max_new_tokens, or PromptDataModule a smaller max_length: their "
+            "sum may be so many."
+        )

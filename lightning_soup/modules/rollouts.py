@@ -20,6 +20,7 @@ __all__ = [
     "hidden_width",
     "kinds_of_tokens",
     "model_inputs",
+    "position_limit",
     "sample",
     "token_log_probabilities",
     "until_end",
@@ -92,10 +93,11 @@ def sample(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
+        use_cache=True,
     )
     own, policy.generation_config = policy.generation_config, config  # which would fill in what is not said here
     try:
-        found = policy.generate(input_ids=prompts, attention_mask=attention, generation_config=config, use_cache=True)
+        found = policy.generate(input_ids=prompts, attention_mask=attention, generation_config=config)
     finally:
         policy.generation_config = own
     return found[:, prompts.shape[1] :]
@@ -151,8 +153,17 @@ def token_log_probabilities(
 
 
 def hidden_width(model: nn.Module) -> int:
-    """The width of a language model's states."""
-    return model.config.get_text_config().hidden_size
+    """The width of a language model's last states."""
+    config = model.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects them to that, before
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens of a sequence at most, of a model with a table of positions; None where positions are computed."""
+    config = model.config.get_text_config()
+    if getattr(config, "rope_parameters", None) or hasattr(config, "rope_theta"):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 @contextmanager
