@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import NonFiniteScore, UnsupportedSetup
 from lightning_soup.extras import import_extra
+from lightning_soup.modules.rollouts import position_limit
 
 __all__ = ["PADDING", "PROMPT", "RESPONSE", "Reward", "RewardModel", "agreed_scores", "checked_scores"]
 
@@ -30,7 +31,8 @@ class RewardModel:
         batch_size: Sequences at once; None: all of a batch.
 
     Raises:
-        UnsupportedSetup: transformers finds no sequence classifier there, or one with several outputs.
+        UnsupportedSetup: transformers finds no sequence classifier there, one with several outputs, or one without
+            its head; when called: sequences are longer than it has positions.
         MissingExtra: transformers is not installed.
     """
 
@@ -39,13 +41,21 @@ class RewardModel:
             raise UnsupportedSetup(f"RewardModel(batch_size={batch_size}): expected 1 or more.")
         self.path, self.batch_size = path, batch_size
         transformers = import_extra("transformers", "llm")
+        self.model: nn.Module
         try:
-            self.model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+            opened = transformers.AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+            self.model, found = opened
         except (OSError, ValueError, KeyError) as error:
             raise UnsupportedSetup(
                 f"RewardModel({path!r}): transformers opens no sequence classifier there "
                 f"({str(error).strip().partition(chr(10))[0][:300]})."
             ) from error
+        lacking = sorted(found["missing_keys"])
+        if lacking:  # transformers would draw them at random
+            raise UnsupportedSetup(
+                f"RewardModel({path!r}): {len(lacking)} weights are not there, the first is {lacking[0]}; expected a "
+                "trained reward model, saved with its head."
+            )
         if self.model.config.num_labels != 1:
             raise UnsupportedSetup(
                 f"RewardModel({path!r}) has {self.model.config.num_labels} outputs; expected one, the score."
@@ -66,24 +76,33 @@ class RewardModel:
     def __call__(self, sequences: Tensor, kinds: Tensor) -> Tensor:
         """Scores ``[B]``; see :data:`Reward`."""
         tokens, attention, padding = _packed(sequences, kinds != PADDING, self.vocab_size)
+        limit = position_limit(self.model)
+        if limit is not None and tokens.shape[1] > limit:
+            raise UnsupportedSetup(
+                f"RewardModel({self.path!r}) has {limit} positions, and prompt and response {tokens.shape[1]} tokens. "
+                "Give a smaller max_new_tokens or shorter prompts (PromptDataModule's max_length), or another model."
+            )
         self.model.config.pad_token_id = padding  # by which the model finds the last token
+        if padding is None:
+            alone = [row[:length].unsqueeze(0) for row, length in zip(tokens, attention.sum(1).tolist(), strict=True)]
+            return torch.cat([self.model(input_ids=row).logits[:, 0] for row in alone]).float()
         step = self.batch_size or len(tokens)
         parts = [slice(start, start + step) for start in range(0, len(tokens), step)]
         found = [self.model(input_ids=tokens[part], attention_mask=attention[part]).logits[:, 0] for part in parts]
         return torch.cat(found).float()
 
 
-def _packed(sequences: Tensor, real: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, int]:
+def _packed(sequences: Tensor, real: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, int | None]:
     """The tokens at the left, their mask, and the padding after them: a token that none of them is.
 
     The models look for the last token that is no padding; where the end token serves as padding, as is common, they
-    would take the one before it.
+    would take the one before it. None: all tokens of a small vocabulary occur.
     """
-    order = torch.argsort((~real).long(), dim=1, stable=True)
+    order = torch.argsort((~real).long(), dim=1, stable=True)[:, : int(real.sum(1).max())]
     tokens, attention = sequences.gather(1, order), real.gather(1, order)
     used = set(tokens[attention].unique().tolist())
-    padding = next((token for token in range(vocab_size) if token not in used), 0)
-    return tokens.masked_fill(~attention, padding), attention.long(), padding
+    padding = next((token for token in range(vocab_size) if token not in used), None)
+    return tokens.masked_fill(~attention, padding or 0), attention.long(), padding
 
 
 def agreed_scores(reward: Reward, sequences: Tensor, kinds: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:

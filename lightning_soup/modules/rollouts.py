@@ -163,7 +163,10 @@ def position_limit(model: nn.Module) -> int | None:
     config = model.config.get_text_config()
     if getattr(config, "rope_parameters", None) or hasattr(config, "rope_theta"):
         return None
-    return getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    tables = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
+    first = max((getattr(table, "padding_idx", None) or 0 for table in tables), default=0)
+    return limit - first - 1 if limit and first else limit  # RoBERTa counts from the number of the padding token
 
 
 @contextmanager

@@ -53,6 +53,47 @@ def test_refusals(folder, tmp_path):
         RewardModel(str(tmp_path))
     with pytest.raises(UnsupportedSetup, match="batch_size=0"):
         RewardModel(str(folder / "one"), 0)
+    language = write_model(tmp_path / "language")  # transformers would draw a head, and every score at random
+    with pytest.raises(
+        UnsupportedSetup, match=r"1 weights are not there, the first is score\.weight; expected a train"
+    ):
+        RewardModel(str(language))
+
+
+def write_classifier(path, **config):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config, num_labels=1)).save_pretrained(path)
+    return RewardModel(str(path))
+
+
+def test_where_all_tokens_occur_there_is_no_padding(tmp_path):
+    """Of a vocabulary of six no token is left to stand for it."""
+    sizes = {"vocab_size": 6, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 8}
+    reward = write_classifier(tmp_path / "gpt2", model_type="gpt2", **sizes, eos_token_id=0, bos_token_id=0)
+    sequences = torch.tensor([[1, 2, 3, 4, 5, 0], [0, 0, 1, 2, 3, 0]])
+    kinds = torch.tensor([[1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 2, 2]])
+    found = reward(sequences, kinds)
+    reward.model.config.pad_token_id = None
+    for row in range(2):
+        alone = reward.model(input_ids=sequences[row][kinds[row] > 0][None]).logits[0, 0]
+        torch.testing.assert_close(found[row], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("bert", 12), ("roberta", 10)])
+def test_positions(tmp_path, family, limit):
+    """Padding does not count."""
+    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    options = {"num_attention_heads": 1, "max_position_embeddings": 12, "pad_token_id": 1}
+    reward = write_classifier(tmp_path / "m", model_type=family, **sizes, **options)
+    tokens = torch.full((2, 16), 5)
+    kinds = torch.ones_like(tokens)
+    kinds[:, : 16 - limit] = 0
+    assert reward(tokens, kinds).shape == (2,)
+    kinds[1, 15 - limit] = 1
+    with pytest.raises(UnsupportedSetup, match=f"has {limit} positions, and prompt and response {limit + 1} tokens"):
+        reward(tokens, kinds)
 
 
 def test_the_policy_may_not_know_more_tokens(folder, tmp_path):
