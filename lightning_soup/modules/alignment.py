@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from types import FrameType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -393,8 +394,9 @@ class SalsaPPO(CausalLM):
     def seed_of(self, purpose: Literal["train", "val", "test", "order"], number: int) -> int:
         """The seed of what is drawn for a batch on this rank."""
         which = ("train", "val", "test", "order").index(purpose)
-        found = ((self.hparams.seed * 4 + which) * 65_536 + self.global_rank) * 4_194_304 + number
-        return found % 9_000_000_000_000_000_000  # torch takes no larger ones, and dates are popular seeds
+        # Of a larger number torch's generator on CPUs sees the last 32 bits only.
+        parts = [self.hparams.seed % 2**63, which, self.global_rank, number]
+        return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 

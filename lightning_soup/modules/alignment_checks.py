@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.extras import import_extra
+from lightning_soup.layers.moe import RandomUniformMoE
 from lightning_soup.modules.optimization import check_ranges
 from lightning_soup.modules.rewards import RewardModel
 from lightning_soup.modules.rollouts import position_limit
@@ -55,7 +56,7 @@ def check_fit(trainer: Trainer, reward: Any, *, two_optimizers: bool) -> None:
     """Refuse what is known before any model is built.
 
     Raises:
-        UnsupportedSetup: There is no reward, or the Trainer's strategy or precision does not do.
+        UnsupportedSetup: There is no reward, or the Trainer's strategy, precision or a callback does not do.
     """
     if not callable(reward):
         raise UnsupportedSetup(
@@ -75,6 +76,11 @@ def check_fit(trainer: Trainer, reward: Any, *, two_optimizers: bool) -> None:
         raise UnsupportedSetup(
             "SalsaPPO(lr_value=…) does not work with precision='16-mixed': the scale of the gradients changes between "
             "the steps of its two optimizers. Use bf16-mixed, or one optimizer (lr_value=None)."
+        )
+    if any(isinstance(part, RandomUniformMoE) for part in trainer.lightning_module.modules()):
+        raise UnsupportedSetup(
+            "SalsaPPO does not work with ExpertsWeightAveraging: the policy would write with the mean of its experts, "
+            "and θ_1 has none. Train without the callback; ExponentialAverage and ModelSoup work."
         )
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
-from lightning_soup.callbacks import ExponentialAverage
+from lightning_soup.callbacks import ExpertsWeightAveraging, ExponentialAverage
 from lightning_soup.cli.soup_cli import SoupCLI
 from lightning_soup.data.prompts import PromptDataModule
 from lightning_soup.distributed import ReplicaStrategy
@@ -569,6 +569,11 @@ def test_strategies(folder):
     trainer = SimpleNamespace(strategy=ReplicaStrategy(), precision_plugin=None)
     with pytest.raises(UnsupportedSetup, match="does not work with ReplicaStrategy"):
         check_fit(trainer, count_digits, two_optimizers=False)
+
+
+def test_experts_are_refused(folder, tmp_path):
+    with pytest.raises(UnsupportedSetup, match="does not work with ExpertsWeightAveraging"):
+        fit(module(folder), folder, tmp_path, ExpertsWeightAveraging(), max_epochs=1)
 
 
 def test_a_missing_padding_token_is_no_matter(folder, tmp_path):

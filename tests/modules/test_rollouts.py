@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.modules.alignment import SalsaPPO
 from lightning_soup.modules.policy_gradient import controlled_beta
-from lightning_soup.modules.rollouts import position_limit
+from lightning_soup.modules.rollouts import fork_rng, position_limit, sample
 from lightning_soup.modules.soup_reference import SoupReference
 from tests.helpers.salsa import fit, module, weights_of, write_pair
 from tests.helpers.trainers import quiet_trainer
@@ -231,17 +231,34 @@ def test_a_module_as_reward(folder, tmp_path):
     assert not own & {id(p) for p in found.parameters()}
 
 
-def test_seeds(folder, tmp_path):
-    """Dates are popular ones; torch's generators take no numbers beyond 64 bits."""
-    found = {seed: module(folder, seed=seed) for seed in (0, -1, 2**23, 2**24, 20_261_128, 2**62)}
+def test_seeds(folder, tmp_path, monkeypatch):
+    """Each seed, purpose, rank and batch has draws of its own, also on CPUs, whose generators see 32 bits."""
+    found, draws = {seed: module(folder, seed=seed) for seed in (0, 1, -1, 2**32, 20_261_128, 2**62)}, []
     for each in found.values():
-        torch.Generator().manual_seed(each.seed_of("order", 3))
-    seeds = [
-        each.seed_of(purpose, number) for each in found.values() for purpose in ("train", "val") for number in (0, 1)
-    ]
-    assert len(set(seeds)) == len(seeds)
-    assert found[0].seed_of("train", 7) == 7
-    fit(found[20_261_128], folder, tmp_path, **SHORT)
+        for purpose in ("train", "val", "test", "order"):
+            for number in (0, 1, 2**22):
+                generator = torch.Generator().manual_seed(each.seed_of(purpose, number))
+                draws.append(torch.randint(2**60, (1,), generator=generator).item())
+    monkeypatch.setattr(SalsaPPO, "global_rank", 1)
+    draws.append(
+        torch.randint(2**60, (1,), generator=torch.Generator().manual_seed(found[0].seed_of("train", 0))).item()
+    )
+    monkeypatch.undo()
+    assert len(set(draws)) == len(draws)
+    trained = [weights_of(found[seed]) for seed in (0, 1) if fit(found[seed], folder, tmp_path, **SHORT)]
+    assert any(not torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+def test_validation_draws_nothing_of_the_training(folder):
+    """And two validations draw the same."""
+    found = module(folder)
+    prompts, drawn = torch.ones(16, 3, dtype=torch.long), []
+    for purpose in ("train", "val", "val"):
+        with fork_rng(found.seed_of(purpose, 0), prompts.device):
+            drawn.append(
+                sample(found.policy, prompts, prompts, max_new_tokens=6, temperature=1.0, ends={2}, pad=0).tolist()
+            )
+    assert drawn[0] != drawn[1] == drawn[2]
 
 
 def test_beta_keeps_its_sign():
