@@ -1,5 +1,6 @@
 """What SalsaPPO refuses before a token is written, and the special tokens that it goes by."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +37,10 @@ def check_values(options: Mapping[str, Any]) -> None:
     positive = ("temperature", "epsilon", "epsilon_value")
     expectations = (
         *((name, isinstance(options[name], int) and options[name] > 0, "a whole number above 0") for name in whole),
-        *((name, options[name] > 0, "more than 0") for name in positive),
+        *((name, 0 < options[name] < math.inf, "more than 0, finite") for name in positive),
         *((name, options[name] is None or options[name] > 0, "more than 0") for name in ("kl_target", "lr_value")),
         ("max_grad_norm", options["max_grad_norm"] is None or options["max_grad_norm"] > 0, "more than 0, or None"),
-        *((name, options[name] >= 0, "0 or more") for name in ("beta", "value_weight")),
+        *((name, 0 <= options[name] < math.inf, "0 or more, finite") for name in ("beta", "value_weight")),
         *((name, 0 <= options[name] <= 1, "a number in [0, 1]") for name in ("gamma", "lam")),
         ("kl_estimator", options["kl_estimator"] in ("k1", "k3"), "k1 or k3; k2 has a bias, and is for logging only"),
         ("value", options["value"] in ("head", "network"), "head or network"),

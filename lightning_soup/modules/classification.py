@@ -75,6 +75,8 @@ class ClassificationModule(LightningModule, ABC):
         """
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         held = checkpoint.get(_REGULARIZER)
+        if fitting and held is not None and self.regularizer is not None:
+            self.regularizer.recall(held["digest"])
         own = self.regularizer and {"name": self.regularizer.name, "digest": self.regularizer.digest}
         if fitting and held != own:
             raise UnsupportedSetup(

@@ -62,8 +62,11 @@ def names_in_file(
     optional: Collection[str] = (),
     options: str = _OPTIONS,
     prefix: str = _PREFIX,
+    new_head: bool = True,
 ) -> dict[str, str]:
     """Under which name each tensor of a model stands in a checkpoint; see :func:`load_initial_weights`.
+
+    ``new_head`` says whether the head could be begun anew, for the message.
 
     Raises:
         UnsupportedSetup: The checkpoint's tensors are not those of the model; lists them.
@@ -89,7 +92,7 @@ def names_in_file(
     missing = {name for name in wanted - names.keys() if not name.endswith("num_batches_tracked")}
     unknown = names.keys() - own.keys()
     if wrong and wrong <= head and not missing and not unknown:
-        raise UnsupportedSetup(_head_message(path, wrong, own, shapes))
+        raise UnsupportedSetup(_head_message(path, wrong, own, shapes, new_head))
     if wrong or missing or unknown:
         lines = [
             *(f"  {name}: shape {shapes[name]}, expected {tuple(own[name].shape)}" for name in sorted(wrong)),
@@ -116,11 +119,15 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def _head_message(
-    path: str | Path, wrong: Collection[str], own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    path: str | Path,
+    wrong: Collection[str],
+    own: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    new_head: bool,
 ) -> str:
     name = min(wrong, key=lambda name: -own[name].ndim)  # the matrix says it best
+    anew = "Pass reset_head=True to keep all other weights and start the head anew, or" if new_head else "Expected"
     return (
         f"{path} has a head for {shapes[name][0]} classes ({name}: {shapes[name]}), but the model one for "
-        f"{own[name].shape[0]} ({tuple(own[name].shape)}). Pass reset_head=True to keep all other weights and start "
-        f"the head anew, or num_classes={shapes[name][0]}."
+        f"{own[name].shape[0]} ({tuple(own[name].shape)}). {anew} num_classes={shapes[name][0]}."
     )

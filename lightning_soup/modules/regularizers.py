@@ -5,6 +5,7 @@ weights.
 """
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,13 @@ class Regularizer(ABC):
 
         Raises:
             UnsupportedSetup: It does not fit the module.
+        """
+
+    def recall(self, digest: str) -> None:  # noqa: B027 (what is read from files is the same in every run)
+        """A training is resumed: go back to what this object prepared for the run before, where that has this digest.
+
+        Args:
+            digest: Of what the checkpoint's training was held to.
         """
 
     @abstractmethod
@@ -87,10 +95,10 @@ class ReferenceKL(Regularizer):
         temperature: float = 1.0,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ):
-        if weight < 0 or temperature <= 0:
+        if not (0 <= weight < math.inf and 0 < temperature < math.inf):
             raise UnsupportedSetup(
                 f"ReferenceKL(weight={weight}, temperature={temperature}): expected a weight of 0 or more, and a "
-                "temperature above 0."
+                "temperature above 0, both finite."
             )
         self.reference = SoupReference(checkpoints, coefficients, dtype)
         self.weight, self.temperature = weight, temperature
@@ -143,11 +151,12 @@ class L2SP(Regularizer):
         checkpoints: list[str] | None = None,
         coefficients: list[float] | None = None,
     ):
-        if weight < 0 or (weight_head is not None and weight_head < 0):
-            raise UnsupportedSetup(f"L2SP(weight={weight}, weight_head={weight_head}): expected 0 or more.")
+        if not all(0 <= each < math.inf for each in (weight, weight_head or 0)):
+            raise UnsupportedSetup(f"L2SP(weight={weight}, weight_head={weight_head}): expected 0 or more, finite.")
         self.weight, self.weight_head = weight, weight_head
         self.reference = None if checkpoints is None else SoupReference(checkpoints, coefficients)
         self._start: dict[str, Tensor] = {}
+        self._before: tuple[dict[str, Tensor], str] = {}, ""
         self._head: tuple[str, ...] = ()
 
     def prepare(self, module: "ClassificationModule") -> None:
@@ -164,13 +173,20 @@ class L2SP(Regularizer):
                 "adapters or experts. Use ReferenceKL, which looks at predictions; or hold them to their own start, "
                 "with checkpoints=None."
             )
+        self._before = self._start, self.digest
         self._start, self.digest = held, open_checkpoint(held).digest()
         layers = head_layers(module.trained_part())
         inside = next((f"{name}." for name, part in module.named_modules() if part is module.trained_part()), "")
         self._head = tuple(f"{inside.lstrip('.')}{layer}." for layer in layers) + ("head.",) * (not layers)
 
+    def recall(self, digest: str) -> None:
+        """A module that was trained already is resumed: θ_0 is not what it is by now."""
+        if digest == self._before[1]:
+            self._start, self.digest = self._before
+
     def place(self, module: "ClassificationModule") -> None:
         """Bring θ_0 to the module's device and type, and look whether the parameters are still there."""
+        self._before = {}, ""
         own = dict(module.named_parameters())
         lost = [name for name in self._start if name not in own or own[name].shape != self._start[name].shape]
         if lost:
@@ -193,15 +209,33 @@ class L2SP(Regularizer):
 
 def _twin_of(module: "ClassificationModule", reference: SoupReference) -> tuple[nn.Module, str]:
     """A module built like this one, without adapters and regularizer, with the weights of the reference; its digest."""
-    known = inspect.signature(type(module)).parameters
+    known = _options_of(type(module))
     options: Mapping[str, Any] = {name: value for name, value in module.hparams.items() if name in known}
     # Without adapters; and a head that is written over need not be written in words first.
     changes = {"lora": None, "regularizer": None, "zero_shot": False}
     plain = {name: value for name, value in changes.items() if name in known}
     with torch.random.fork_rng(devices=[]):  # the training is the same with a reference and without
-        twin = type(module)(**{**options, **plain})
+        try:
+            twin = type(module)(**{**options, **plain})
+        except TypeError as error:
+            raise UnsupportedSetup(
+                f"A reference is built as the module was, and {type(module).__name__}(**hparams) fails: {error}. Have "
+                "it call save_hyperparameters() for all of its arguments."
+            ) from error
     inner = getattr(twin, "model", None)
     whole = inner is None or sum(p.numel() for p in inner.parameters()) < sum(p.numel() for p in twin.parameters())
     built_by = "model_name, num_classes, img_size, model_args, classnames"
     digest = reference.into(twin, prefix="", options=built_by) if whole else reference.into(inner, options=built_by)
     return twin.requires_grad_(False).eval(), digest
+
+
+def _options_of(kind: type) -> set[str]:
+    """Names of a class's arguments, those among them that it hands on to its bases by ``**options``."""
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            parameters = inspect.signature(each).parameters.values()
+            found |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return found

@@ -107,14 +107,17 @@ def _named_as(model: nn.Module, item: Any, prefix: str, options: str) -> Weights
     opened = open_checkpoint(item)
     if is_adapter(opened) or holds_adapter(opened):
         raise UnsupportedSetup(
-            f"{opened.path or opened.label} is an adapter, and a reference has whole weights. Merge the adapters into "
-            "their base first (`lightning-soup soup`, a recipe with merge=dense)."
+            f"{opened.path or opened.label} is an adapter, and a reference has whole weights. Merge it into its base "
+            "first: by peft's merge_and_unload(), or a checkpoint by `lightning-soup soup --recipe MetricsWeightedSoup "
+            "--recipe.metric step --recipe.merge dense --recipe.base BASE --ingredients FILE --output OTHER`."
         )
     # What files of older versions hold and the model does not: transformers' classes know it.
     ignored: Sequence[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     optional = {name for name in opened if any(re.search(pattern, name) for pattern in ignored)}
     where = str(opened.path or opened.label)
-    names = names_in_file(model, opened, where, optional=optional, options=options or "its arguments", prefix=prefix)
+    names = names_in_file(
+        model, opened, where, optional=optional, options=options or "its arguments", prefix=prefix, new_head=False
+    )
     renamed = copy.copy(opened)
     renamed.tensors = {name: opened.tensors[stored] for name, stored in names.items()}
     renamed.original_names = {name: opened.original_names[stored] for name, stored in names.items()}

@@ -491,6 +491,9 @@ def prepared(folder):
         ({"value": "tail"}, "expected head or network"),
         ({"max_grad_norm": 0.0}, "more than 0, or None"),
         ({"beta": -1.0}, "0 or more"),
+        ({"beta": math.inf}, "0 or more, finite"),
+        ({"value_weight": math.nan}, "0 or more, finite"),
+        ({"temperature": math.inf}, "more than 0, finite"),
     ],
 )
 def test_values_out_of_range(folder, options, message):

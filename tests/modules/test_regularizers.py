@@ -192,6 +192,40 @@ def test_resuming_with_something_else_is_refused(earlier, tmp_path):
     quiet_trainer().test(loaded, Shapes(), verbose=False)
 
 
+@pytest.mark.parametrize("kind", REGULARIZERS)
+def test_a_module_that_was_trained_already_is_resumed(earlier, tmp_path, kind):
+    """As in a notebook: θ_0 is not what the module is by then."""
+    whole, again = (tuned(earlier, REGULARIZERS[kind](earlier)) for _ in range(2))
+    fit(whole, InOrder(), Saves(tmp_path / "x.ckpt"))
+    fit(again, InOrder(), max_epochs=2)
+    quiet_trainer(max_epochs=2).fit(again, datamodule=InOrder(), ckpt_path=tmp_path / "x.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+class HandsOn(ImageClassifier):
+    """Its hyperparameters are those of its base, too."""
+
+    def __init__(self, more=1, **options):
+        super().__init__(**options)
+
+
+class KeepsToItself(ImageClassifier):
+    def __init__(self, size):
+        super().__init__(**TINY)
+        del self.hparams["size"]
+
+
+def test_subclasses(earlier):
+    found = prepared(HandsOn(**TINY, regularizer=ReferenceKL(files(earlier))))
+    for name, value in soup_of(earlier).state_dict().items():
+        torch.testing.assert_close(found.regularizer._twin.state_dict()[name], value)
+    found = KeepsToItself(3)
+    found.regularizer = ReferenceKL(files(earlier))
+    with pytest.raises(UnsupportedSetup, match=r"KeepsToItself\(\*\*hparams\) fails: .*'size'.*save_hyperparameters"):
+        prepared(found)
+
+
 def _on_a_rank(regularizer, earlier):
     model = tuned(earlier, REGULARIZERS[regularizer](earlier))
     fit(model, devices=2, strategy="ddp")
@@ -315,14 +349,16 @@ def test_bad_input(earlier, tmp_path):
         (lambda: ReferenceKL(["a"], temperature=0.0), "temperature above 0"),
         (lambda: ReferenceKL("a.ckpt"), "expected a list"),
         (lambda: ReferenceKL(["a"], [0.5]), "with the sum 1"),
+        (lambda: ReferenceKL(["a"], weight=float("nan")), "expected a weight of 0 or more"),
         (lambda: L2SP(weight=-0.1), "expected 0 or more"),
+        (lambda: L2SP(weight_head=float("inf")), "expected 0 or more"),
     ):
         with pytest.raises(UnsupportedSetup, match=message):
             make()
     torch.manual_seed(0)
     other = ImageClassifier(**{**TINY, "num_classes": 4})
     save_weights(other, tmp_path / "four.safetensors")
-    with pytest.raises(UnsupportedSetup, match=r"four\.safetensors has a head for 4 classes"):
+    with pytest.raises(UnsupportedSetup, match=r"four\.safetensors has a head for 4 classes.*Expected num_classes=4"):
         fit(tuned(earlier, ReferenceKL([str(tmp_path / "four.safetensors")])))
     broken = {name: value.clone() for name, value in soup_of(earlier).state_dict().items()}
     broken["model.head.bias"][0] = float("nan")
