@@ -78,8 +78,9 @@ class SalsaPPO(CausalLM):
     left out, and without ``reference`` ``val_kl`` and ``val_objective`` are.
 
     Manual optimization has no ``Trainer(accumulate_grad_batches, gradient_clip_val)``: take ``micro_batches`` and
-    ``max_grad_norm``. To compile the networks, call ``module.model.compile()``. Checkpoints hold policy and value
-    function, not the reference: what it is made of is named there.
+    ``max_grad_norm``. To compile the networks, call ``module.model.compile()``; transformers' gradient checkpointing
+    works in training mode only, and so not here. Checkpoints hold policy and value function, not the reference: what
+    it is made of is named there.
 
     Args:
         model_name: θ_1: a folder of transformers, or a name on the Hugging Face hub (downloaded once).

@@ -16,7 +16,8 @@ __all__ = ["is_model_folder", "replaceable_files", "save_model_folder"]
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_FILES = (_WEIGHTS, "pytorch_model.bin")
-_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")  # of configurations, tokenizers, and models' own code
+# Of configurations, tokenizers, and models' own code.
+_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".bpe", ".jinja", ".py")
 _OF_TRAINING = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "run.json")
 
 

@@ -5,25 +5,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_soup.data.prompts import PromptDataModule
 from lightning_soup.modules.alignment import SalsaPPO
 from lightning_soup.modules.soup_reference import SoupReference
-from lightning_soup.weights import open_checkpoint
-from tests.helpers.texts import sums, write_lines, write_model
+from tests.helpers.texts import sums, write_fine_tune, write_lines, write_model
 from tests.helpers.trainers import quiet_trainer
 
 
 def write_pair(place: Path) -> Path:
     """Folders ``a`` and ``b`` with models from one start, and ``prompts.jsonl``."""
-    write_model(place / "a", seed=0)
-    write_model(place / "b", seed=0)
-    generator = torch.Generator().manual_seed(1)
-    weights = open_checkpoint(place / "a")
-    moved = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
-    save_file(moved, place / "b" / "model.safetensors", {"format": "pt"})
+    write_fine_tune(place / "b", write_model(place / "a"))
     write_lines(place / "prompts.jsonl", [{"prompt": line["prompt"]} for line in sums(32)])
     return place
 

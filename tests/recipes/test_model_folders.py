@@ -1,5 +1,6 @@
 """Soups of transformers' folders are folders again, which transformers loads, and TRL takes as a reference."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning_soup.cli.main import main
 from lightning_soup.errors import UnwritableOutput
 from lightning_soup.recipes import UniformSoup, gather_ingredients, recook
 from lightning_soup.weights import combine, open_checkpoint
+from lightning_soup.weights.model_folder import save_model_folder
 from tests.helpers.texts import write_fine_tune, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +114,18 @@ def test_trl_takes_the_soup_as_its_reference():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "DPO from sft_1, held to the soup" in done.stdout
     assert "GRPO from sft_1, held to the soup" in done.stdout
+
+
+def test_what_goes_with_the_weights(tmp_path):
+    """All kinds of tokenizers, templates and code; neither other weights, nor what a training left."""
+    folder = write_model(tmp_path / "a")
+    for name in ("qwen.tiktoken", "vocab.bpe", "merges.txt", "spiece.model", "chat_template.jinja", "modeling_own.py"):
+        (folder / name).write_text("of the model")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": []}))
+    for name in ("training_args.bin", "model.safetensors.index.json.bak", "README.md"):
+        (folder / name).write_text("of the training")
+    opened = open_checkpoint(folder)
+    saved = save_model_folder([opened], [1.0], tmp_path / "soup", model=opened)
+    expected = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.suffix == ".json"}
+    expected |= {path.name for path in folder.iterdir() if path.read_bytes() == b"of the model"}
+    assert {path.name for path in saved.iterdir()} == expected - {"trainer_state.json"}
