@@ -54,7 +54,7 @@ def pictures() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def vote(labels: np.ndarray, path: Path, seed: int) -> None:
     """Five of 25 workers label each digit."""
     draw = np.random.default_rng(seed)
-    skills = np.concatenate([draw.uniform(0.75, 0.95, 15), draw.uniform(0.3, 0.55, 7)])
+    skills = np.concatenate([draw.uniform(0.65, 0.9, 15), draw.uniform(0.3, 0.55, 7)])
     constant = draw.integers(10, size=3)
     difficulty = draw.beta(2, 5, len(labels))
     rows = []
@@ -62,7 +62,7 @@ def vote(labels: np.ndarray, path: Path, seed: int) -> None:
         for worker in draw.choice(25, 5, replace=False):
             if worker >= 22:
                 label = constant[worker - 22]
-            elif draw.random() < skills[worker] * (1 - 0.6 * difficulty[item]):
+            elif draw.random() < skills[worker] * (1 - 0.8 * difficulty[item]):
                 label = truth
             else:
                 label = LOOK_ALIKE[truth] if draw.random() < 0.6 else draw.integers(10)

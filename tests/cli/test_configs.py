@@ -66,6 +66,7 @@ def test_none_is_left_out():
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if "HandwritingDataModule" in (CONFIGS / name).read_text()])
 def test_there_are_as_many_digits_as_a_config_asks_for(name):
-    data = HandwritingDataModule(**yaml.safe_load((CONFIGS / name).read_text())["data"].get("init_args", {}))
+    options = yaml.safe_load((CONFIGS / name).read_text())["data"].get("init_args", {})
+    data = HandwritingDataModule(**options.get("items", {}).get("init_args", options))
     data.setup("fit")
     assert len(data.train_dataloader().dataset) == data.train_size
