@@ -1,6 +1,7 @@
-"""Data modules: digits that need no network, image folders, torchvision's sets, texts, prompts; references for ZSCL.
+"""Data modules: handwritten digits that need no network, image folders, torchvision's sets, texts, prompts, crowds.
 
-Each name is imported when it is first used, since Lightning and torchvision are slow to import.
+References for ZSCL, too. Each name is imported when it is first used, since Lightning and torchvision are slow to
+import.
 """
 
 from importlib import import_module
@@ -13,12 +14,17 @@ if TYPE_CHECKING:
     from lightning_soup.data.handwriting import Affine as Affine
     from lightning_soup.data.handwriting import HandwritingDataModule as HandwritingDataModule
     from lightning_soup.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_soup.data.label_aggregation import method_labels as method_labels
+    from lightning_soup.data.label_aggregation import soft_labels as soft_labels
     from lightning_soup.data.prompts import PromptDataModule as PromptDataModule
     from lightning_soup.data.reference import Reference as Reference
     from lightning_soup.data.reference import ReferenceFiles as ReferenceFiles
+    from lightning_soup.data.simulated_crowd import SimulatedCrowd as SimulatedCrowd
     from lightning_soup.data.texts import TextDataModule as TextDataModule
     from lightning_soup.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
     from lightning_soup.data.transforms import Augmentation as Augmentation
+    from lightning_soup.data.votes import Votes as Votes
+    from lightning_soup.data.votes import read_votes as read_votes
 
 _HOME = {
     "Affine": "handwriting",
@@ -31,11 +37,13 @@ _HOME = {
     "PromptDataModule": "prompts",
     "Reference": "reference",
     "ReferenceFiles": "reference",
+    "SimulatedCrowd": "simulated_crowd",
     "TextDataModule": "texts",
-    "Votes": "votes",
     "TorchvisionDataModule": "torchvision_sets",
+    "Votes": "votes",
+    "method_labels": "label_aggregation",
     "read_votes": "votes",
-    "soft_labels": "soft_labelling",
+    "soft_labels": "label_aggregation",
 }
 
 

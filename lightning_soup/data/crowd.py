@@ -1,194 +1,260 @@
-"""CrowdDataModule: items of another data module with soft labels from a table of votes."""
+"""CrowdDataModule: training on labels that a crowd gave, one distribution over the classes for each item."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_soup.data.soft_labelling import AGGREGATES, METHODS, soft_labels
-from lightning_soup.data.votes import Votes, read_votes
+from lightning_soup.data.crowd_items import (
+    SoftTargets,
+    as_evaluated,
+    flat_images,
+    item_names,
+    loader_options,
+    whole_set,
+)
+from lightning_soup.data.label_aggregation import Aggregate, Method, check_method, soft_labels
+from lightning_soup.data.label_cache import LabelCache
+from lightning_soup.data.simulated_crowd import SimulatedCrowd
+from lightning_soup.data.vision import random_parts
+from lightning_soup.data.votes import Duplicates, Votes, read_votes, row_list
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.weights.atomic import atomic_path
 
-__all__ = ["CrowdDataModule", "SoftLabelled"]
-
-_VERSION = 1  # of the methods: a new one does not take labels of an old one from the cache
-
-
-class SoftLabelled(Dataset):
-    """Some items of a data set with a row of probabilities in the place of their class.
-
-    Args:
-        items: The data set, of pairs.
-        indices: Which of them, ``[N]``.
-        rows: p_i(c), ``[N, C]``, in float32.
-    """
-
-    def __init__(self, items: Dataset, indices: list[int], rows: Tensor):
-        self.items, self.indices, self.rows = items, indices, rows
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        return self.items[self.indices[index]][0], self.rows[index]
-
-    def __getitems__(self, wanted: list[int]) -> list[tuple[Any, Tensor]]:
-        own = [self.indices[i] for i in wanted]
-        taken = self.items.__getitems__(own) if hasattr(self.items, "__getitems__") else [self.items[i] for i in own]
-        return [(pair[0], self.rows[i]) for pair, i in zip(taken, wanted, strict=True)]
+__all__ = ["CrowdDataModule"]
 
 
 class CrowdDataModule(LightningDataModule):
-    """Trains on what annotators said: each training item gets a distribution over classes instead of a label.
+    """Items of another data module, with the soft labels of a crowd as targets of training.
 
-    The items are those of another data module, whose validation and test data stay as they are (so a model that is
-    chosen on them has seen experts' labels). Tasks in the table are numbers of training items, from 0 on, in the order
-    of the data module's training set; for image folders also their paths as ``samples`` has them, or the ends of these.
-    Batches of training are ``(images, p)`` with p ``[B, C]``: take ``ImageClassifier(targets="soft")``.
+    Training batches are ``(items, rows)``, where a row holds the probability of each class; ``ImageClassifier`` takes
+    them with ``targets: soft``. Validation, third and test sets are those of ``items``, with its experts' labels; with
+    ``val_fraction`` validation is by the crowd's labels too. The labels are made once, by one process, and kept in
+    ``cache``.
+
+    In the table a task is called what :func:`.item_names` calls it: the path of an image inside its folder, or the
+    number of a training item where there are no files; and a label is the name of a class. Votes on items that
+    ``items`` holds out of the same set for validation are used to judge the workers, and for nothing else.
 
     Args:
-        votes: Table with ``task``, ``worker``, ``label``: CSV, or parquet (with the extra ``crowd``).
-        items: The data module.
-        method: ``mean``, the mean of the seven methods; one of them; ``majority``; or another way to join them: see
-            :func:`.soft_labels`.
-        class_names: All classes, in the order of the items' class numbers; None: those of ``items``.
-        drop_unvoted: Leave training items without votes out. False: they are refused.
-        cache: A folder that keeps soft labels, by the contents of the table, the method and its version; None: they are
-            computed in each process, the same in all.
+        items: The data module that has the items, the classes, and the other sets.
+        votes: The table of votes, ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``task``, ``worker`` and
+            ``label``; or a :class:`.SimulatedCrowd`, which votes on the training items by their true labels.
+        method: How votes become labels: ``mean`` of the seven methods is the paper's result; see :func:`.soft_labels`.
+        methods: Of which methods an aggregate is made; by default of all seven.
+        weights: How much each of these counts; by default all alike.
+        images: A folder of images to train on, in place of the training images of ``items``: they need not lie in
+            folders of classes. A task is then the path inside this folder, and of the training part of an
+            ``ImageFolderDataModule`` only the names of the classes are taken (``train: val`` will do).
+        unvoted: What to do about training items that have no votes, and so no label: ``error``, or ``drop`` them.
+        duplicates: What to do about a worker who voted more than once on an item: ``error``, or ``keep``, where each of
+            these votes counts.
+        val_fraction: Share of the voted items that are held out for validation, by the crowd's labels, in place of the
+            validation set of ``items``: then no expert's label is looked at before the test.
+        seed: Decides which these are.
+        cache: Folder of labels that were made before; by default ``.soft_labels`` beside the table.
 
     Raises:
-        UnsupportedSetup: No such method; in ``prepare_data`` and ``setup``: a table that cannot be read or has wrong
-            votes, tasks that are no items, or items without votes.
-        MissingExtra: A parquet table, and pyarrow is not installed.
+        UnsupportedSetup: A table that cannot be read, tasks that are no items, items without votes, or an option that
+            cannot be.
     """
 
     soft_targets = True
 
     def __init__(
         self,
-        votes: str,
         items: LightningDataModule,
-        method: str = "mean",
-        class_names: list[str] | None = None,
-        drop_unvoted: bool = False,
+        votes: str | SimulatedCrowd,
+        method: Method | Aggregate | Literal["majority"] = "mean",
+        methods: list[Method] | None = None,
+        weights: list[float] | None = None,
+        images: str | None = None,
+        unvoted: Literal["error", "drop"] = "error",
+        duplicates: Duplicates = "error",
+        val_fraction: float = 0.0,
+        seed: int = 0,
         cache: str | None = None,
     ):
         super().__init__()
-        if method != "majority" and method not in METHODS and method not in AGGREGATES:
+        check_method(method, methods, weights)
+        if unvoted not in ("error", "drop") or duplicates not in ("error", "keep"):
             raise UnsupportedSetup(
-                f"method={method!r}: expected one of majority, {', '.join(METHODS)}, {', '.join(AGGREGATES)}."
+                f"unvoted={unvoted!r}, duplicates={duplicates!r}: expected error or drop, and error or keep."
             )
-        names = class_names or getattr(items, "class_names", None)
-        if names is None:
-            raise UnsupportedSetup(
-                f"{type(items).__name__} has no class_names, so the labels of votes cannot be numbered. Give "
-                "class_names, all classes in the order of their numbers."
-            )
-        self.votes_file, self.items, self.method = Path(votes).expanduser(), items, method
-        self.class_names, self.num_classes = [str(name) for name in names], len(names)
-        self.drop_unvoted, self.cache = drop_unvoted, None if cache is None else Path(cache).expanduser()
-        self.votes: Votes | None = None
-        self.labels: np.ndarray | None = None
-        self._train: SoftLabelled | None = None
+        if not 0 <= val_fraction < 1:
+            raise UnsupportedSetup(f"val_fraction={val_fraction}: expected 0, or a fraction between 0 and 1.")
+        if isinstance(votes, SimulatedCrowd) and images is not None:
+            raise UnsupportedSetup("A SimulatedCrowd votes by true labels, which a folder of images has none of.")
+        self.items, self.votes, self.images = items, votes, images
+        self.method, self.methods, self.weights = method, methods, weights
+        self.unvoted, self.duplicates = unvoted, duplicates
+        self.val_fraction, self.seed, self.cache = val_fraction, seed, cache
+        self._train: SoftTargets | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        """Of the data module of the items: names of test sets, groups, preprocessing, batch size."""
-        if name.startswith("_") or "items" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.items, name)
+    # ------------------------------------------------------------------------------------------- what `items` knows
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        names = getattr(self.items, "class_names", None)
+        if names is None:  # only numbers are known
+            names = range(getattr(self.items, "num_classes", 0))
+        if len(names) < 2:
+            raise UnsupportedSetup(
+                f"{type(self.items).__name__} names no classes. Give it class_names or num_classes, so that every "
+                "label in the table has its number."
+            )
+        return [str(name) for name in names]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def test_names(self) -> Sequence[str]:
+        """Names of the test sets."""
+        return getattr(self.items, "test_names", ())
+
+    @property
+    def test_groups(self) -> dict[str, Tensor]:
+        """Which rows of a test set stem from one original."""
+        return getattr(self.items, "test_groups", {})
+
+    @property
+    def test_classes(self) -> dict[str, list[list[int]]]:
+        """Which classes compete on a test set."""
+        return getattr(self.items, "test_classes", {})
+
+    @property
+    def preprocessing(self) -> Any:
+        """How images become inputs, where ``items`` says so."""
+        return getattr(self.items, "preprocessing", None)
+
+    # ------------------------------------------------------------------------------------------------------ the labels
+
+    @property
+    def labels(self) -> Tensor:
+        """The soft labels of the items that are trained on, in their order, float32 ``[N, C]``."""
+        self._require()
+        return self._train.rows
+
+    @property
+    def class_weights(self) -> list[float]:
+        """N / (C · n_c), where n_c training items have c as their likeliest class: with it all classes count alike.
+
+        A class that is nobody's likeliest has the weight 0, which no item then has.
+        """
+        counts = torch.bincount(self.labels.argmax(1), minlength=self.num_classes)
+        return [len(self.labels) / (self.num_classes * n) if n else 0.0 for n in counts.tolist()]
 
     def prepare_data(self) -> None:
-        """Compute the soft labels once, where there is a cache."""
+        """Let ``items`` prepare its data, then make the labels of the table and keep them."""
         self.items.prepare_data()
-        if self.cache is not None:
-            self._soft()
+        if not isinstance(self.votes, SimulatedCrowd):
+            votes = read_votes(self.votes, self.class_names, self.duplicates)
+            cache = self._cache(votes)
+            if cache.read() is None:
+                cache.write(self._made(votes))
+
+    def _cache(self, votes: Votes) -> LabelCache:
+        folder = Path(self.votes).expanduser().parent / ".soft_labels" if self.cache is None else Path(self.cache)
+        how = json.dumps([self.method, self.methods, self.weights])
+        return LabelCache(folder.expanduser(), votes, how)
+
+    def _made(self, votes: Votes) -> np.ndarray:
+        return soft_labels(votes, self.method, self.methods, self.weights)
+
+    def _voted(self, dataset: Dataset, names: Sequence[str]) -> tuple[Votes, np.ndarray]:
+        """The votes and their labels: what is kept, or as every process makes them alike."""
+        if isinstance(self.votes, SimulatedCrowd):
+            still = as_evaluated(dataset, self.items)  # without drawing random numbers
+            votes = self.votes.votes([int(still[i][1]) for i in range(len(names))], self.class_names, names)
+            return votes, self._made(votes)
+        votes = read_votes(self.votes, self.class_names, self.duplicates)
+        kept = self._cache(votes).read()
+        return votes, self._made(votes) if kept is None else kept
+
+    # -------------------------------------------------------------------------------------------------------- the sets
 
     def setup(self, stage: str | None = None) -> None:
-        """Set the items up, and match them with the votes."""
+        """Set up ``items``, and give its training items their labels, once."""
         self.items.trainer = self.trainer
         self.items.setup(stage)
-        if stage in (None, "fit") and self._train is None:
-            self.votes, self.labels = self._soft()
-            data = self.items.train_dataloader().dataset
-            places = _places(self.votes, data, self.votes_file)
-            unvoted = sorted(set(range(len(data))) - set(places))
-            if unvoted and not self.drop_unvoted:
-                raise UnsupportedSetup(
-                    f"{self.votes_file}: {len(unvoted)} of {len(data)} training items have no vote, the first is item "
-                    f"{unvoted[0]}. Without a vote there is no soft label: give votes, or drop_unvoted=True."
-                )
-            self._train = SoftLabelled(data, places, torch.from_numpy(self.labels).float())
+        if stage in (None, "fit") or (stage == "validate" and self.val_fraction):
+            self._require()
+
+    def _require(self) -> None:
+        if self._train is not None:
+            return
+        if self.images is None:
+            self.items.setup("fit")
+            loader = self.items.train_dataloader()
+            self._options, dataset = loader_options(loader), loader.dataset
+        else:
+            dataset = flat_images(self.images, self.items)
+            self._options = {"batch_size": self.items.batch_size, "num_workers": self.items.num_workers}
+        names = item_names(dataset)
+        votes, labels = self._voted(dataset, names)
+        row = {name: number for number, name in enumerate(votes.items)}
+        self._check(votes, names, item_names(whole_set(dataset)))
+        voted = [index for index, name in enumerate(names) if name in row]
+        rows = torch.from_numpy(labels[[row[names[index]] for index in voted]]).float()
+        kept: Sequence[int] = range(len(voted))
+        if self.val_fraction:
+            kept, held_out = random_parts(len(voted), self.val_fraction, self.seed)
+            still = as_evaluated(dataset, self.items)
+            self._val = SoftTargets(still, [voted[place] for place in held_out], rows[held_out])
+        self._train = SoftTargets(dataset, [voted[place] for place in kept], rows[list(kept)])
+
+    def _check(self, votes: Votes, names: Sequence[str], known: Sequence[str]) -> None:
+        """Refuse votes on what is no item, and items without votes."""
+        place = self.votes if isinstance(self.votes, str) else "The simulated votes"
+        where = self.images or f"the items of {type(self.items).__name__}"
+        items, voted = set(known), set(votes.items)
+        if strangers := [name for name in votes.items if name not in items]:
+            rows = votes.rows[np.isin(votes.item, [votes.items.index(name) for name in strangers[:3]])]
+            raise UnsupportedSetup(
+                f"{place}: {len(strangers)} tasks are not among {where}, such as {_shown(strangers)} in "
+                f"{row_list(rows)}; expected names such as {_shown(names)}. Name tasks as the items are named, or "
+                "remove the rows of those that are gone."
+            )
+        without = [name for name in names if name not in voted]
+        if without and (self.unvoted == "error" or len(without) == len(names)):
+            raise UnsupportedSetup(
+                f"{place}: no votes on {len(without)} of the {len(names)} items to train on, such as {_shown(without)}"
+                ": they have no label. Add votes, or leave these items out: unvoted: drop."
+            )
 
     def train_dataloader(self) -> DataLoader:
-        """The items' own loader, over soft labels."""
-        loader = self.items.train_dataloader()
-        return DataLoader(
-            self._train,
-            batch_size=loader.batch_size,
-            shuffle=True,
-            num_workers=loader.num_workers,
-            drop_last=loader.drop_last,
-            pin_memory=loader.pin_memory,
-            persistent_workers=loader.num_workers > 0,
-        )
+        """Shuffled training batches of items and probability rows."""
+        return DataLoader(self._train, shuffle=True, **self._options)
 
     def val_dataloader(self) -> Any:
-        """The items' own."""
-        return self.items.val_dataloader()
+        """The validation set of ``items``, or with ``val_fraction`` items of the crowd and their probability rows."""
+        return DataLoader(self._val, **self._options) if self.val_fraction else self.items.val_dataloader()
+
+    def third_dataloader(self) -> Any:
+        """The third split of ``items``, or no loader at all."""
+        return self.items.third_dataloader() if hasattr(self.items, "third_dataloader") else []
 
     def test_dataloader(self) -> Any:
-        """The items' own."""
+        """The test sets of ``items``."""
         return self.items.test_dataloader()
 
     def predict_dataloader(self) -> Any:
-        """The items' own."""
+        """What ``items`` predicts."""
         return self.items.predict_dataloader()
 
-    def _soft(self) -> tuple[Votes, np.ndarray]:
-        votes = read_votes(self.votes_file, self.class_names)
-        if self.cache is None:
-            return votes, soft_labels(votes, self.method)
-        content = xxhash.xxh3_128(self.votes_file.read_bytes())
-        content.update(repr((self.method, self.class_names, _VERSION)).encode())
-        path = self.cache / f"soft-{content.hexdigest()}.npy"
-        if path.is_file():
-            try:
-                found = np.load(path, allow_pickle=False)
-            except (OSError, ValueError):  # damaged: computed anew
-                found = None
-            if found is not None and found.shape == (len(votes.items), len(votes.classes)):
-                return votes, found
-        labels = soft_labels(votes, self.method)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, labels, allow_pickle=False)
-        return votes, labels
+    def teardown(self, stage: str) -> None:
+        """Let ``items`` clean up."""
+        self.items.teardown(stage)
 
 
-def _places(votes: Votes, data: Any, file: Path) -> list[int]:
-    """The number of the training item of each task."""
-    count = len(data)
-    names = {str(sample[0]): i for i, sample in enumerate(getattr(data, "samples", ()))}
-    found, strange = [], []
-    for task in votes.items:
-        if task.isdecimal() and int(task) < count:
-            found.append(int(task))
-            continue
-        ends = [i for name, i in names.items() if name == task or name.endswith(f"/{task}")]
-        if len(ends) == 1:
-            found.append(ends[0])
-        else:
-            strange.append(task)
-    if strange:
-        raise UnsupportedSetup(
-            f"{file}: {len(strange)} tasks are no training items, the first is {strange[0]!r}; expected numbers from 0 "
-            f"to {count - 1}{', or paths of images' if names else ''}."
-        )
-    if len(set(found)) != len(found):
-        raise UnsupportedSetup(f"{file}: two tasks are the same training item; name each in one way.")
-    return found
+def _shown(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(map(repr, names[:most]))

@@ -147,20 +147,21 @@ class FolderImages(Dataset):
     Args:
         root: The folder.
         transform: Makes a tensor of a PIL image.
+        what: What they are, for messages.
 
     Raises:
         UnsupportedSetup: No such folder, or no images in it.
     """
 
-    def __init__(self, root: str, transform: Any):
-        folder = Path(root).expanduser()
+    def __init__(self, root: str, transform: Any, what: str = "The reference images"):
+        self.root = folder = Path(root).expanduser()
         found = (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         self.paths = sorted(path for path in found if path.is_file())
         self.transform = transform
         if not self.paths:
-            what = "has no images in it" if folder.is_dir() else "is no folder"
+            why = "has no images in it" if folder.is_dir() else "is no folder"
             raise UnsupportedSetup(
-                f"The reference images: {root} {what}. Give a folder with images ({', '.join(IMG_EXTENSIONS)}), which "
+                f"{what}: {root} {why}. Give a folder with images ({', '.join(IMG_EXTENSIONS)}), which "
                 "may lie in folders of their own."
             )
 

@@ -1,152 +1,257 @@
-"""Votes: what annotators said of items, read from a table and checked."""
+"""Votes: who gave which item which label, read from a table and checked.
+
+N items, W workers, C classes, V votes.
+"""
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.extras import import_extra
 
-__all__ = ["Votes", "read_votes"]
+__all__ = ["Duplicates", "Votes", "read_votes", "row_list"]
 
-_COLUMNS = ("task", "worker", "label")
-Vote = tuple[str, str, str]
+Duplicates = Literal["error", "keep"]
+COLUMNS = ("task", "worker", "label")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Votes:
-    """V votes of W workers on I items, among C classes; sorted, so that no result depends on the order of the rows.
+    """A table of votes in one order, whatever the order of the rows that it was made of.
+
+    Workers may have voted on any number of items, one included, and items may have any number of votes from one up.
+    Made by :func:`read_votes` or :meth:`of`.
 
     Attributes:
-        item: Number of the item, ``[V]``.
-        worker: Number of the worker, ``[V]``.
-        label: Number of the class, ``[V]``.
-        items: Names of the items.
-        workers: Names of the workers.
-        classes: Names of the classes, also of those that nobody chose.
+        items: Names of the items that have votes, sorted as texts, [N].
+        workers: Names of the workers, sorted as texts, [W].
+        classes: Names of all classes, in the order of their numbers, [C]; nobody need have chosen each of them.
+        item: Number of the item of each vote, int64 [V], ascending.
+        worker: Number of its worker, int64 [V], ascending within an item.
+        label: Number of the class that was chosen, int64 [V].
+        rows: Number of its row in the table, int64 [V], for messages: the only thing that follows the order of rows.
     """
 
-    item: np.ndarray
-    worker: np.ndarray
-    label: np.ndarray
     items: tuple[str, ...]
     workers: tuple[str, ...]
     classes: tuple[str, ...]
+    item: np.ndarray
+    worker: np.ndarray
+    label: np.ndarray
+    rows: np.ndarray
 
     @classmethod
     def of(
-        cls, votes: Iterable[tuple[object, object, object]], classes: Sequence[str] | None = None, place: str = "votes"
+        cls,
+        tasks: Iterable[Any],
+        workers: Iterable[Any],
+        labels: Iterable[Any],
+        classes: Sequence[Any] | None = None,
+        duplicates: Duplicates = "error",
+        place: str = "The votes",
+        first_row: int = 0,
     ) -> "Votes":
-        """Check votes and number them.
+        """Votes from three columns of equal length; what is in them is compared as text.
 
         Args:
-            votes: Of each vote the item, the worker and the label, as texts or numbers.
-            classes: Names of all classes, in the order of their numbers; None: those that were chosen, sorted.
-            place: Where they come from, for messages.
+            tasks: The item of each vote.
+            workers: Who voted.
+            labels: The class that was chosen.
+            classes: All classes in the order of their numbers; by default those that were chosen, sorted as texts.
+            duplicates: What to do about a worker who voted more than once on an item: ``error``, or ``keep``, where
+                each of these votes counts.
+            place: Where the columns are from, for messages.
+            first_row: Number of the first row there, for messages.
 
         Raises:
-            UnsupportedSetup: There are none, one is empty or no class, or a worker voted twice on an item.
+            UnsupportedSetup: No votes, columns of unequal length, an empty cell, a label that is no class, classes that
+                are fewer than two or not distinct, or a duplicate.
         """
-        rows = [tuple(str(part).strip() for part in vote) for vote in votes]
-        if not rows:
-            raise UnsupportedSetup(f"{place}: has no votes; expected rows with {', '.join(_COLUMNS)}.")
-        for number, row in enumerate(rows, 1):
-            if not all(row):
+        columns = [[_text(value) for value in column] for column in (tasks, workers, labels)]
+        if len({len(column) for column in columns}) > 1:
+            lengths = ", ".join(f"{len(column)} of {name}" for name, column in zip(COLUMNS, columns, strict=True))
+            raise UnsupportedSetup(f"{place}: the columns are of unequal length ({lengths}). Give one row per vote.")
+        if not columns[0]:
+            raise UnsupportedSetup(f"{place}: there are no votes. Expected rows of {', '.join(COLUMNS)}, one per vote.")
+        for name, column in zip(COLUMNS, columns, strict=True):
+            if empty := [row for row, value in enumerate(column, first_row) if not value]:
                 raise UnsupportedSetup(
-                    f"{place}, vote {number}: {row} has an empty field; expected task, worker, label."
+                    f"{place}: no {name} in {row_list(empty)}. Each vote names its task, worker and label; a vote that "
+                    "is missing has no row at all."
                 )
-        known = (
-            tuple(str(name) for name in classes)
-            if classes is not None
-            else tuple(sorted({r[2] for r in rows}, key=_key))
-        )
-        if len(set(known)) != len(known) or len(known) < 2:
-            raise UnsupportedSetup(f"{place}: the classes are {list(known)}; expected two or more, all different.")
-        strange = [(number, row[2]) for number, row in enumerate(rows, 1) if row[2] not in known]
-        if strange:
+        classes = sorted(set(columns[2])) if classes is None else [_text(name) for name in classes]
+        if len(classes) < 2 or len(set(classes)) < len(classes):
             raise UnsupportedSetup(
-                f"{place}, vote {strange[0][0]}: the label {strange[0][1]!r} is none of the classes "
-                f"{', '.join(known[:10])}{' …' if len(known) > 10 else ''} ({len(strange)} such votes). Give "
-                "class_names with all labels, or correct the table."
+                f"{place}: the classes are {_names(classes)}; expected two or more different ones. Name them all, "
+                "also those that nobody has chosen."
             )
-        seen: dict[tuple[str, str], str] = {}
-        for number, (task, worker, label) in enumerate(rows, 1):
-            if (task, worker) in seen:
-                raise UnsupportedSetup(
-                    f"{place}, vote {number}: {worker!r} votes on {task!r} a second time ({seen[task, worker]!r}, then "
-                    f"{label!r}), and would count twice. Keep one vote of each worker on an item."
-                )
-            seen[task, worker] = label
-        items, workers = (tuple(sorted({row[i] for row in rows}, key=_key)) for i in (0, 1))
-        numbers = [{name: i for i, name in enumerate(names)} for names in (items, workers, known)]
-        table = np.array(sorted(tuple(n[part] for n, part in zip(numbers, row, strict=True)) for row in rows))
-        return cls(table[:, 0], table[:, 1], table[:, 2], items, workers, known)
+        known = {name: number for number, name in enumerate(classes)}
+        if unknown := [row for row, value in enumerate(columns[2], first_row) if value not in known]:
+            raise UnsupportedSetup(
+                f"{place}: labels outside the class list in {row_list(unknown)}, such as "
+                f"{columns[2][unknown[0] - first_row]!r}; expected one of {_names(classes)}. Correct the labels or the "
+                "list of classes."
+            )
+        items, item = _numbered(columns[0])
+        names, worker = _numbered(columns[1])
+        label = np.fromiter((known[value] for value in columns[2]), np.int64, len(columns[2]))
+        order = np.lexsort((label, worker, item))
+        item, worker, label = item[order], worker[order], label[order]
+        again = np.flatnonzero((np.diff(item) == 0) & (np.diff(worker) == 0)) + 1
+        if len(again) and duplicates == "error":
+            at = again[0]
+            rows = order[(item == item[at]) & (worker == worker[at])] + first_row
+            raise UnsupportedSetup(
+                f"{place}: worker {names[worker[at]]!r} voted more than once on task {items[item[at]]!r}, in "
+                f"{row_list(rows)} ({len(again)} votes too many in all). Keep one vote of a worker on a task, or let "
+                'each count: duplicates="keep".'
+            )
+        return cls(tuple(items), tuple(names), tuple(classes), item, worker, label, order + first_row)
 
-    @property
+    def __len__(self) -> int:
+        """Number of votes."""
+        return len(self.item)
+
+    @cached_property
     def counts(self) -> np.ndarray:
-        """n_ic: how many gave item i class c, ``[I, C]``."""
-        found = np.zeros((len(self.items), len(self.classes)))
-        np.add.at(found, (self.item, self.label), 1.0)
-        return found
+        """n_ic: how many votes item i has for class c, float64 [N, C]."""
+        return self.sum_by_choice(np.ones(len(self)))
+
+    def sum_by_choice(self, values: np.ndarray) -> np.ndarray:
+        """Sum a number per vote over the votes of an item for a class: [V] -> [N, C]."""
+        shape = len(self.items), len(self.classes)
+        return np.bincount(self.item * shape[1] + self.label, values, shape[0] * shape[1]).reshape(shape)
+
+    def sum_by_item(self, values: np.ndarray) -> np.ndarray:
+        """Sum a number per vote over the votes of an item: [V] -> [N]."""
+        return np.bincount(self.item, values, len(self.items))
+
+    def sum_by_worker(self, values: np.ndarray) -> np.ndarray:
+        """Sum a number per vote over the votes of a worker: [V] -> [W]."""
+        return np.bincount(self.worker, values, len(self.workers))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what was voted, the same for every order of the rows."""
+        names = json.dumps([self.items, self.workers, self.classes]).encode()
+        content = hashlib.blake2b(names, digest_size=16)
+        for column in (self.item, self.worker, self.label):
+            content.update(column.astype("<i8").tobytes())
+        return content.hexdigest()
 
 
-def read_votes(path: str | Path, classes: Sequence[str] | None = None) -> Votes:
-    """Read a table with the columns ``task``, ``worker`` and ``label``; others are left out.
+def read_votes(
+    source: str | Path | Mapping[str, Sequence[Any]],
+    classes: Sequence[Any] | None = None,
+    duplicates: Duplicates = "error",
+) -> Votes:
+    """Read votes: one row per vote, with the columns ``task``, ``worker`` and ``label``. Further columns are ignored.
 
     Args:
-        path: A CSV file, or a ``.parquet`` file (with the extra ``crowd``).
-        classes: As of :meth:`Votes.of`.
+        source: A ``.csv`` file, ``.tsv`` (separated by tabs) or ``.parquet``; or a table in memory, a mapping from
+            column to values, such as a pandas DataFrame.
+        classes: All classes in the order of their numbers; by default those that were chosen, sorted as texts.
+        duplicates: What to do about a worker who voted more than once on an item: see :meth:`Votes.of`.
 
     Raises:
-        UnsupportedSetup: It cannot be read, lacks a column, or as :meth:`Votes.of`.
-        MissingExtra: A parquet file, and pyarrow is not installed.
+        UnsupportedSetup: The file cannot be read or lacks a column, or its votes cannot be; see :meth:`Votes.of`.
+        MissingExtra: A ``.parquet`` file, and pyarrow is not installed.
     """
-    path = Path(path).expanduser()
+    if duplicates not in ("error", "keep"):
+        raise UnsupportedSetup(f"duplicates={duplicates!r}: expected one of error, keep.")
+    if not isinstance(source, (str, Path)):
+        _check_columns(source, "The table of votes")
+        return Votes.of(*(source[name] for name in COLUMNS), classes, duplicates, "The table of votes")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UnsupportedSetup(
+            f"{path}: there is no such file. Expected a table of votes, .csv, .tsv or .parquet, with the columns "
+            f"{', '.join(COLUMNS)}."
+        )
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return Votes.of(*_parquet_columns(path), classes, duplicates, str(path))
+    if kind not in (".csv", ".tsv"):
+        raise UnsupportedSetup(f"{path}: is neither .csv, .tsv nor .parquet. Save the table of votes as one of them.")
+    columns = _csv_columns(path, "\t" if kind == ".tsv" else ",")
+    return Votes.of(*columns, classes, duplicates, str(path), first_row=2)  # the heading is row 1
+
+
+def _csv_columns(path: Path, delimiter: str) -> list[list[str]]:
     try:
-        rows = list(_parquet(path) if path.suffix == ".parquet" else _csv(path))
+        text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte-order mark
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UnsupportedSetup(f"{path}: cannot be read as a table ({error}). Save it as CSV in UTF-8.") from error
+    heading, *rows = rows or [[]]
+    heading = [name.strip() for name in heading]
+    _check_columns(heading, str(path))
+    while rows and not any(rows[-1]):  # empty lines at the end
+        rows.pop()
+    if short := [number for number, row in enumerate(rows, 2) if len(row) != len(heading)]:
         raise UnsupportedSetup(
-            f"{path}: cannot be read as a table of votes ({type(error).__name__}: {error})."
-        ) from error
-    return Votes.of(rows, classes, str(path))
+            f"{path}: {len(rows[short[0] - 2])} cells in {row_list(short[:1])}, but the heading has {len(heading)} "
+            f"({len(short)} such rows). Give each row a cell for each column."
+        )
+    places = [heading.index(name) for name in COLUMNS]
+    return [[row[place].strip() for row in rows] for place in places]
 
 
-def _csv(path: Path) -> Iterator[Vote]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file)
-        _check_columns(path, table.fieldnames or ())
-        for row in table:
-            yield tuple(row[name] or "" for name in _COLUMNS)  # type: ignore[misc]
-
-
-def _parquet(path: Path) -> Iterator[Vote]:
+def _parquet_columns(path: Path) -> list[list[Any]]:
     parquet = import_extra("pyarrow.parquet", "crowd")
-    arrow = import_extra("pyarrow", "crowd")
     try:
-        table = parquet.read_table(path)
-    except arrow.ArrowException as error:
-        raise UnsupportedSetup(f"{path}: is no parquet file ({str(error)[:200]}).") from error
-    _check_columns(path, table.column_names)
-    columns = [table.column(name).to_pylist() for name in _COLUMNS]
-    for row in zip(*columns, strict=True):
-        yield tuple("" if part is None else str(part) for part in row)  # type: ignore[misc]
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's own kinds, which need pyarrow to be named
+        raise UnsupportedSetup(f"{path}: cannot be read as Parquet ({error}). Save the table anew.") from error
+    with file:
+        _check_columns(file.schema_arrow.names, str(path))
+        table = file.read(columns=list(COLUMNS))
+    return [table.column(name).to_pylist() for name in COLUMNS]
 
 
-def _check_columns(path: Path, found: Sequence[str]) -> None:
-    missing = [name for name in _COLUMNS if name not in found]
-    if missing:
+def _check_columns(found: Iterable[str], place: str) -> None:
+    found = list(found)
+    if missing := [name for name in COLUMNS if name not in found]:
         raise UnsupportedSetup(
-            f"{path}: has no column {', '.join(missing)}; found {', '.join(map(str, found)) or 'none'}. Expected a "
-            f"table with {', '.join(_COLUMNS)}."
+            f"{place}: has no column {' and no column '.join(missing)}; its columns are {_names(found)}. Expected "
+            f"{', '.join(COLUMNS)}: rename them."
         )
 
 
-def _key(name: str) -> tuple[int, float, str]:
-    """Numbers in their order, before texts."""
-    try:
-        return 0, float(name), name
-    except ValueError:
-        return 1, 0.0, name
+def _text(value: Any) -> str:
+    """A cell as text: numbers that a table reader has made floats are whole again, and NaN stands for an empty cell."""
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return ""
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        value = int(value)
+    return str(value)
+
+
+def _numbered(column: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct texts, sorted, and the number of each cell's."""
+    names = sorted(set(column))
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, np.fromiter((numbers[value] for value in column), np.int64, len(column))
+
+
+def row_list(numbers: Sequence[int] | np.ndarray, most: int = 5) -> str:
+    """Numbers of rows in ascending order, the first few of them, for messages."""
+    shown = ", ".join(str(number) for number in sorted(numbers)[:most])
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+def _names(names: Sequence[str], most: int = 10) -> str:
+    shown = ", ".join(map(str, names[:most])) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

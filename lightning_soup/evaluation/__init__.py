@@ -13,6 +13,11 @@ from lightning_soup.evaluation.significance import Interval as Interval
 from lightning_soup.evaluation.significance import paired_bootstrap as paired_bootstrap
 
 if TYPE_CHECKING:
+    from lightning_soup.evaluation.calibration import Calibration as Calibration
+    from lightning_soup.evaluation.calibration import LabelQuality as LabelQuality
+    from lightning_soup.evaluation.calibration import label_quality as label_quality
+    from lightning_soup.evaluation.calibration import measure_calibration as measure_calibration
+    from lightning_soup.evaluation.calibration import nll_weights as nll_weights
     from lightning_soup.evaluation.cross_evaluation import CrossEvaluation as CrossEvaluation
     from lightning_soup.evaluation.cross_evaluation import cross_evaluate as cross_evaluate
     from lightning_soup.evaluation.image_sizes import smart_resize as smart_resize
@@ -21,11 +26,16 @@ if TYPE_CHECKING:
     from lightning_soup.evaluation.resolution_table import Resolution as Resolution
 
 _HOME = {
+    "Calibration": "calibration",
     "CrossEvaluation": "cross_evaluation",
+    "LabelQuality": "calibration",
     "ModuleEvaluator": "module_evaluator",
     "Resolution": "resolution_table",
     "ResolutionSearch": "resolution",
     "cross_evaluate": "cross_evaluation",
+    "label_quality": "calibration",
+    "measure_calibration": "calibration",
+    "nll_weights": "calibration",
     "smart_resize": "image_sizes",
 }
 

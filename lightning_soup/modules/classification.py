@@ -1,6 +1,7 @@
 """What the classifiers have in common: steps, losses, accuracies by name, AdamW with warm-up and cosine."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.evaluation.robustness import Classes, check_classes, project, project_targets
 from lightning_soup.layers.moe import RandomUniformMoE
-from lightning_soup.modules.distillation import soft_target_kl
 from lightning_soup.modules.optimization import adamw_with_cosine, parameter_groups
 from lightning_soup.modules.regularizers import Regularizer
+from lightning_soup.modules.soft_targets import are_soft, soft_target_kl
 from lightning_soup.weights.formats import CLASS_NAMES_KEY, EXPERTS_KEY
 
 __all__ = ["Batch", "ClassificationModule", "in_a_loop"]
@@ -32,10 +33,12 @@ class ClassificationModule(LightningModule, ABC):
     ``test_classes`` let compete there.
 
     A subclass calls :func:`check_ranges` and ``save_hyperparameters`` in its ``__init__``; among its hyperparameters
-    are ``lr``, ``weight_decay``, ``betas``, ``warmup``, ``label_smoothing``, ``mixup`` and, if it has it,
-    ``layer_decay``. It implements ``forward``, from images ``[B, C, H, W]`` to logits ``[B, classes]``, and
-    :meth:`trained_part`.
+    are ``lr``, ``weight_decay``, ``betas``, ``warmup``, ``label_smoothing``, ``mixup`` and, if it has them,
+    ``layer_decay`` and ``targets``. It implements ``forward``, from images ``[B, C, H, W]`` to logits ``[B, classes]``,
+    and :meth:`trained_part`.
     """
+
+    class_weights: Sequence[float] | None = None  # of soft targets
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ class ClassificationModule(LightningModule, ABC):
         return loss
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """Cross entropy of a batch, with label smoothing and mixup, and what the regularizer adds."""
+        """Cross entropy or the divergence from soft targets, with label smoothing, mixup and the regularizer's part."""
         images, targets = batch
         alpha = self.hparams.mixup
         if alpha == 0:
@@ -131,16 +134,8 @@ class ClassificationModule(LightningModule, ABC):
         return loss + penalty
 
     def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        soft = self.hparams.get("targets", "hard") == "soft"
-        if soft != (targets.ndim == 2):
-            raise UnsupportedSetup(
-                "targets='soft', but the training data has class numbers: give rows of probabilities "
-                "(CrowdDataModule), or set targets='hard'."
-                if soft
-                else "targets='hard', but the training data has rows of probabilities: set targets='soft'."
-            )
-        if soft:
-            return soft_target_kl(logits, targets, self.hparams.label_smoothing)
+        if self.hparams.get("targets") == "soft":
+            return soft_target_kl(logits, targets, self.hparams.label_smoothing, self.class_weights)
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.hparams.label_smoothing)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
@@ -175,15 +170,13 @@ class ClassificationModule(LightningModule, ABC):
         if classes is not None:
             check_classes(classes, logits.shape[1])
             logits, targets = project(logits, classes), project_targets(targets, classes)
-        if targets.ndim == 2:  # soft labels are judged by their largest class
-            loss, targets = soft_target_kl(logits, targets), targets.argmax(1)
-        else:
-            loss = F.cross_entropy(logits.float(), targets)
+        soft = are_soft(targets)
+        loss = F.cross_entropy(logits.float(), targets.float() if soft else targets)
         if not logs:
             return loss
         suffix = "" if index == 0 else f"/{self._set_name(stage, index)}"
         accuracy = self._accuracy(stage, index, logits.shape[1])
-        accuracy.update(logits, targets)
+        accuracy.update(logits, targets.argmax(dim=1) if soft else targets)
         # The names are unique already, so Lightning need not append the loader's number.
         shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
         self.log(f"{stage}_loss{suffix}", loss, batch_size=len(targets), sync_dist=True, **shared)

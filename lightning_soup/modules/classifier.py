@@ -13,6 +13,7 @@ from lightning_soup.modules.initial_weights import head_layers, load_initial_wei
 from lightning_soup.modules.lora import LoRA, add_lora, config_in
 from lightning_soup.modules.optimization import check_ranges
 from lightning_soup.modules.regularizers import Regularizer
+from lightning_soup.modules.soft_targets import agreed_weights, check_targets
 from lightning_soup.modules.timm_models import build_timm_model, drawn_from
 from lightning_soup.modules.train_sizes import TrainSizes
 from lightning_soup.weights.formats import ADAPTER_KEY
@@ -50,8 +51,6 @@ class ImageClassifier(ClassificationModule):
         layer_decay: Each layer learns this factor slower than the one above it (0.65 to 0.9 for ViTs). None: all alike.
         label_smoothing: Share of the target spread over all classes, in training only.
         mixup: α of mixup (Zhang et al. 2018): pairs of images are blended with λ ~ Beta(α, α). 0: none.
-        targets: What the training data has: ``hard``, class numbers, or ``soft``, rows of probabilities, such as
-            :class:`.CrowdDataModule` gives, learned by KL divergence (:func:`.soft_target_kl`).
         train_sizes: Train at several image sizes: each step resizes its batch to one of these sides (bicubic, in
             float32), drawn by the number of the step. ViTs are built with ``dynamic_img_size`` for it, so that their
             position embedding stays on the grid of ``img_size``; CNNs need nothing. The cost of a step grows with the
@@ -61,6 +60,11 @@ class ImageClassifier(ClassificationModule):
         lora: Train low-rank adapters and the head only, by peft: ``{r: 8, alpha: 16, targets: [qkv]}``. ``self.model``
             is then a ``PeftModel``.
         regularizer: What holds the training to an earlier model or a soup: :class:`.ReferenceKL`, :class:`.L2SP`.
+        targets: ``soft``: trained on rows of probabilities, such as the labels of :class:`.CrowdDataModule`, by their
+            KL divergence. Label smoothing and mixup then apply to them. Validation and test take class numbers and
+            rows, by the cross entropy and whether the likeliest class is right.
+        class_weights: Weight of each sample by the likeliest class of its soft target, a number per class;
+            ``balanced``: the data module's ``class_weights``, so that all classes count alike. None: all samples alike.
 
     Raises:
         UnsupportedSetup: timm does not know the model or its arguments, a value is out of range, or the checkpoint does
@@ -89,11 +93,12 @@ class ImageClassifier(ClassificationModule):
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
-        targets: Literal["hard", "soft"] = "hard",
         train_sizes: list[int] | None = None,
         token_budget: float | None = None,
         lora: LoRA | None = None,
         regularizer: Regularizer | None = None,
+        targets: Literal["hard", "soft"] = "hard",
+        class_weights: list[float] | Literal["balanced"] | None = None,
     ):
         super().__init__()
         if num_classes < 2:
@@ -105,10 +110,10 @@ class ImageClassifier(ClassificationModule):
         check_ranges(lr, weight_decay, betas, warmup, label_smoothing, mixup, layer_decay)
         if lora is not None and layer_decay is not None:
             raise UnsupportedSetup(f"layer_decay={layer_decay} is for training all layers; leave it out beside lora.")
-        if targets not in ("hard", "soft"):
-            raise UnsupportedSetup(f"targets={targets!r}: expected hard or soft.")
         if token_budget is not None and train_sizes is None:
             raise UnsupportedSetup(f"token_budget={token_budget} is for train_sizes: give them, or leave it out.")
+        check_targets(targets, class_weights, num_classes)
+        self.class_weights = None if class_weights == "balanced" else class_weights
         self.save_hyperparameters(ignore=["lora", "regularizer"])
         lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint holds it
         self.save_hyperparameters({"lora": None if lora is None else lora.plain()})
@@ -154,17 +159,16 @@ class ImageClassifier(ClassificationModule):
         return timm_at_size(self.model, size)
 
     def setup(self, stage: str) -> None:
-        """Refuse data with more classes than the head, which would fail in the middle of the first epoch."""
+        """Refuse data with more classes than the head, or other targets, which would fail in the first epoch."""
         classes = getattr(self.trainer.datamodule, "num_classes", None)
         if isinstance(classes, int) and classes > self.hparams.num_classes:
             raise UnsupportedSetup(
                 f"The data has {classes} classes, the head of the model {self.hparams.num_classes}. "
                 f"Set num_classes={classes}."
             )
-        gives_soft = getattr(self.trainer.datamodule, "soft_targets", False)
-        if stage == "fit" and gives_soft and self.hparams.targets == "hard":
-            raise UnsupportedSetup(
-                f"{type(self.trainer.datamodule).__name__} gives soft labels, but targets='hard'. Set targets='soft'."
+        if stage == "fit":
+            self.class_weights = agreed_weights(
+                self.hparams.targets, self.hparams.class_weights, self.trainer.datamodule
             )
         super().setup(stage)
 
@@ -180,7 +184,7 @@ class ImageClassifier(ClassificationModule):
             rehearse(self, size, self.hparams.in_chans)
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """Cross entropy of a batch, with label smoothing and mixup, at the size of the step with ``train_sizes``."""
+        """The loss of a batch, with label smoothing and mixup, at the size of the step with ``train_sizes``."""
         if self.train_sizes is not None:
             batch = self.train_sizes(batch, 0 if self._trainer is None else self.trainer.global_step)
         return super().training_loss(batch)

@@ -1,4 +1,4 @@
-"""Losses of distillation: ZSCL's in the feature space and of weights, and that of soft labels.
+"""The losses of ZSCL: distillation in the feature space, and weight consolidation.
 
 B reference images, M reference texts, features of D dimensions.
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_soup.errors import UnsupportedSetup
 
-__all__ = ["feature_distillation", "similarities", "soft_target_kl", "weight_consolidation"]
+__all__ = ["feature_distillation", "similarities", "weight_consolidation"]
 
 
 def similarities(images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
@@ -61,25 +61,6 @@ def _soft_cross_entropy(z_t: Tensor, z_s: Tensor, temperature: float) -> Tensor:
     wide = torch.promote_types(z_s.dtype, torch.float32)  # softmax and sums lose too much in 16 bits
     target = (z_t.detach().to(wide) / temperature).softmax(dim=1)
     return temperature**2 * F.cross_entropy(z_s.to(wide) / temperature, target)
-
-
-def soft_target_kl(logits: Tensor, p: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """KL(p‖q) of soft labels p and q = softmax(logits): a sum over classes, the mean over items.
-
-    Its gradient is that of the soft cross entropy, of which it is the part above the entropy of p. Where p is 0 the
-    term is 0.
-
-    Args:
-        logits: ``[B, C]``.
-        p: ``[B, C]``.
-        label_smoothing: Share of p that is spread over all classes.
-
-    Source: Wright, Augenstein, PLOS ONE 2025 (arXiv 2212.09409).
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    p = p.to(wide)
-    p = (1 - label_smoothing) * p + label_smoothing / p.shape[1]
-    return F.kl_div(logits.to(wide).log_softmax(1), p, reduction="batchmean")
 
 
 def weight_consolidation(weights: Iterable[Tensor], start: Iterable[Tensor]) -> Tensor:

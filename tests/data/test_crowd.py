@@ -1,175 +1,334 @@
-"""Training on votes: which item gets which row, the cache, and what is refused."""
+"""CrowdDataModule: which item gets which row, what is kept in files, and tables that do not fit the items."""
 
-import csv
+import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_soup.callbacks import ExponentialAverage
-from lightning_soup.cli.soup_cli import SoupCLI
-from lightning_soup.data import CrowdDataModule, HandwritingDataModule, read_votes, soft_labels
+from lightning_soup.data import (
+    CrowdDataModule,
+    HandwritingDataModule,
+    ImageFolderDataModule,
+    SimulatedCrowd,
+    read_votes,
+    soft_labels,
+)
+from lightning_soup.data.crowd_items import SoftTargets, item_names
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.modules.distillation import soft_target_kl
-from tests.helpers.trainers import quiet_trainer
-from tests.modules.test_classifier import TINY, ImageClassifier, Shapes
+from tests.helpers.images import write_folders
+from tests.helpers.loaders import read
 
-CLASSES = ["top", "middle", "bottom"]
-
-
-class NamedShapes(Shapes):
-    class_names = CLASSES
+CLASSES = ("0", "1", "2")
 
 
-def write(path, rows):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("task", "worker", "label"), *rows])
+class Points(LightningDataModule):
+    """Twelve training items, each of which is its own number; three classes; validation and two test sets."""
+
+    num_classes, test_names, test_groups = 3, ("test", "far"), {"far": torch.zeros(4)}
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(12.0)[:, None], torch.arange(12) % 3), 5, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(-torch.ones(4, 1), torch.ones(4).long()), 4)
+
+    def test_dataloader(self):
+        return [self.val_dataloader(), self.val_dataloader()]
+
+    predict_dataloader = val_dataloader
+
+
+def write(path, votes):
+    path.write_text("task,worker,label\n" + "".join(f"{task},{worker},{label}\n" for task, worker, label in votes))
     return str(path)
 
 
-def votes_of(path, count=48, skip=()):
-    """Three votes an item: two right, one from a worker who always says `top`."""
-    truth = [int(target) for target in Shapes().train.tensors[1]][:count]
-    rows = [(i, worker, CLASSES[t]) for i, t in enumerate(truth) if i not in skip for worker in ("u", "v")]
-    return write(path, [*rows, *((i, "lazy", "top") for i in range(count) if i not in skip)])
+def two_each(tasks=range(12)):
+    """Votes of two workers, the second of which is wrong on every third task."""
+    return [(i, w, (int(i) % 3 + (w == 2 and int(i) % 4 == 0)) % 3) for i in tasks for w in (1, 2)]
 
 
-def test_the_loss_by_hand():
-    p, logits = torch.tensor([(0.75, 0.25, 0), (0, 1, 0)]), torch.tensor([(1.0, 0, -1), (0, 2, 0)])
-    assert float(soft_target_kl(logits, p)) == pytest.approx(0.167407793, abs=1e-7)
-    q = logits.clone().requires_grad_()
-    soft_target_kl(q, p).backward()
-    again = logits.clone().requires_grad_()
-    F.cross_entropy(again, p).backward()
-    torch.testing.assert_close(q.grad, again.grad)
-    one_hot = F.one_hot(torch.tensor([0, 2]), 3).float()
-    torch.testing.assert_close(soft_target_kl(logits, one_hot), F.cross_entropy(logits, torch.tensor([0, 2])))
-    smooth = F.cross_entropy(logits, torch.tensor([0, 2]), label_smoothing=0.1)
-    p = 0.9 * one_hot + 0.1 / 3
-    entropy = -(p * p.log()).sum(1).mean()
-    torch.testing.assert_close(soft_target_kl(logits, one_hot, 0.1), smooth - entropy)
+@pytest.fixture
+def table(tmp_path):
+    return write(tmp_path / "votes.csv", two_each())
 
 
-def test_items_get_their_rows(tmp_path):
-    data = CrowdDataModule(votes_of(tmp_path / "v.csv"), NamedShapes(), method="standard")
-    data.trainer = None
+def ready(items, votes, **options):
+    data = CrowdDataModule(items, votes, **options)
     data.prepare_data()
     data.setup("fit")
-    rows = {tuple(image.flatten().tolist()): row for image, row in data._train}
-    truth = Shapes().train
-    for image, target in zip(*truth.tensors, strict=True):
-        expected = torch.zeros(3)
-        expected[int(target)] += 2 / 3
-        expected[0] += 1 / 3
-        torch.testing.assert_close(rows[tuple(image.flatten().tolist())], expected)
-    batch = next(iter(data.train_dataloader()))
-    assert batch[1].shape == (8, 3)
-    assert next(iter(data.val_dataloader()))[1].ndim == 1  # experts' labels, as they were
-    assert data.test_names == ("test", "dark")
+    return data
 
 
-def fit(module, data, **options):
-    trainer = quiet_trainer(**{"max_epochs": 2, **options})
-    trainer.fit(module, datamodule=data)
-    return trainer
+def by_item(loader):
+    points, rows = read(loader)
+    return dict(zip(points.flatten().int().tolist(), rows, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.4}, {"label_smoothing": 0.1}, {"train_sizes": [8, 12]}])
-def test_a_classifier_learns_from_them(tmp_path, options):
+def test_each_item_gets_its_own_row(table):
+    data = ready(Points(), table)
+    votes = read_votes(table, CLASSES)
+    wanted = dict(zip(votes.items, torch.from_numpy(soft_labels(votes)).float(), strict=True))
+    found = by_item(data.train_dataloader())
+    assert sorted(found) == list(range(12))
+    for number, row in found.items():
+        assert torch.equal(row, wanted[str(number)])
+    assert data.labels.dtype == torch.float32
+    assert [len(batch[0]) for batch in data.train_dataloader()] == [5, 5, 2]
     torch.manual_seed(0)
-    data = CrowdDataModule(votes_of(tmp_path / "v.csv"), NamedShapes())
-    module = ImageClassifier(**TINY, targets="soft", **options)
-    trainer = fit(module, data, max_epochs=12, callbacks=[ExponentialAverage(decay=0.5)])
-    assert trainer.callback_metrics["val_acc"] > 0.6
-    trainer.test(module, datamodule=data, verbose=False)
-    assert "test_acc/dark" in trainer.callback_metrics
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    assert ImageClassifier.load_from_checkpoint(tmp_path / "x.ckpt").hparams.targets == "soft"
+    first, second = (read(data.train_dataloader())[0] for _ in range(2))
+    assert not torch.equal(first, second)  # shuffled
 
 
-def test_digits_and_their_augmentation(tmp_path):
-    items = HandwritingDataModule(train_size=20, val_size=20, augment="mild")
-    draw = np.random.default_rng(0)
-    rows = [(i, f"w{w}", int(draw.integers(10))) for i in range(20) for w in range(3)]
-    data = CrowdDataModule(write(tmp_path / "v.csv", rows), items)
-    fit(
-        ImageClassifier("vit_tiny_patch16_224", img_size=28, in_chans=1, model_args=TINY["model_args"], targets="soft"),
-        data,
-    )
-    votes = read_votes(tmp_path / "v.csv", [str(d) for d in range(10)])
-    np.testing.assert_allclose(data.labels, soft_labels(votes))
+def test_the_other_sets_are_those_of_the_items(table):
+    data = ready(Points(), table)
+    assert (data.num_classes, data.class_names, list(data.test_names)) == (3, list(CLASSES), ["test", "far"])
+    assert read(data.val_dataloader())[1].tolist() == [1] * 4
+    assert len(data.test_dataloader()) == 2
+    assert data.third_dataloader() == []
+    assert list(data.test_groups) == ["far"]
+    assert data.test_classes == {}
+    assert data.preprocessing is None
+    assert len(read(data.predict_dataloader())[1]) == 4
+    data.teardown("fit")
 
 
-def test_the_cache(tmp_path, monkeypatch):
-    path = votes_of(tmp_path / "v.csv")
+def test_only_what_a_stage_needs_is_made(table):
+    data = CrowdDataModule(Points(), table)
+    shutil.move(table, f"{table}.away")
+    data.setup("validate")
+    data.setup("test")
+    with pytest.raises(UnsupportedSetup, match=r"votes\.csv: there is no such file"):
+        data.setup("fit")
 
-    def prepared(method="mean"):
-        data = CrowdDataModule(path, NamedShapes(), method=method, cache=str(tmp_path / "cache"))
-        data.prepare_data()
-        return data._soft()[1]
 
-    first = prepared()
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    prepared("standard")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr("lightning_soup.data.crowd.soft_labels", lambda *_: pytest.fail("computed again"))
-    assert (prepared() == first).all()
+def test_validation_by_the_crowd(table):
+    data = ready(Points(), table, val_fraction=0.25, seed=3)
+    train, val = by_item(data.train_dataloader()), by_item(data.val_dataloader())
+    assert (len(train), len(val)) == (9, 3)
+    assert not set(train) & set(val)
+    whole = by_item(ready(Points(), table).train_dataloader())
+    assert all(torch.equal(row, whole[number]) for number, row in (train | val).items())
+    assert set(by_item(ready(Points(), table, val_fraction=0.25, seed=3).val_dataloader())) == set(val)
+    assert set(by_item(ready(Points(), table, val_fraction=0.25, seed=4).val_dataloader())) != set(val)
+    validating = CrowdDataModule(Points(), table, val_fraction=0.25, seed=3)
+    validating.setup("validate")
+    assert set(by_item(validating.val_dataloader())) == set(val)
+
+
+def test_classes_weigh_by_how_rare_they_are(tmp_path):
+    votes = [(i, 1, 0 if i < 8 else 1) for i in range(12)]
+    data = ready(Points(), write(tmp_path / "votes.csv", votes), method="standard")
+    assert data.class_weights == [12 / (3 * 8), 12 / (3 * 4), 0.0]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_labels_are_made_once(table, tmp_path, monkeypatch):
+    first = ready(Points(), table).labels
+    (kept,) = (tmp_path / ".soft_labels").iterdir()
+    monkeypatch.setattr("lightning_soup.data.crowd.soft_labels", lambda *_: pytest.fail("made again"))
+    assert torch.equal(ready(Points(), table).labels, first)
+    kept.write_bytes(kept.read_bytes()[:50])  # damaged
     monkeypatch.undo()
-    for file in (tmp_path / "cache").iterdir():
-        file.write_bytes(b"damaged")
-    assert (prepared() == first).all()
-    votes_of(tmp_path / "v.csv", skip=(47,))  # another table
-    assert len(prepared()) == 47
+    assert torch.equal(ready(Points(), table).labels, first)
+    assert len(kept.read_bytes()) > 50  # and mended
 
 
-def test_items_without_votes(tmp_path):
-    path = votes_of(tmp_path / "v.csv", skip=(3, 9))
-    data = CrowdDataModule(path, NamedShapes())
-    with pytest.raises(UnsupportedSetup, match=r"v\.csv: 2 of 48 training items have no vote, the first is item 3"):
-        fit(ImageClassifier(**TINY, targets="soft"), data)
-    data = CrowdDataModule(path, NamedShapes(), drop_unvoted=True)
-    fit(ImageClassifier(**TINY, targets="soft"), data)
-    assert len(data._train) == 46
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "wawa"},
+        {"methods": ["wawa", "mace"]},
+        {"weights": [1, 1, 1, 1, 1, 1, 2]},
+        {"rows": [*two_each()[:-1], (11, 2, 0)]},
+    ],
+)
+def test_other_labels_have_another_file(table, tmp_path, change):
+    first = ready(Points(), table).labels
+    if "rows" in change:
+        write(tmp_path / "votes.csv", change.pop("rows"))
+    assert not torch.equal(ready(Points(), table, **change).labels, first)
+    assert len(list((tmp_path / ".soft_labels").iterdir())) == 2
 
 
-def test_bad_input(tmp_path):
-    path = votes_of(tmp_path / "v.csv")
-    with pytest.raises(UnsupportedSetup, match="method='vote'"):
-        CrowdDataModule(path, NamedShapes(), method="vote")
-    with pytest.raises(UnsupportedSetup, match="Shapes has no class_names"):
-        CrowdDataModule(path, Shapes())
-    strange = write(tmp_path / "strange.csv", [("48", "u", "top"), ("cat.png", "u", "middle")])
-    with pytest.raises(
-        UnsupportedSetup, match=r"2 tasks are no training items, the first is '48'; expected numbers from 0"
-    ):
-        fit(ImageClassifier(**TINY, targets="soft"), CrowdDataModule(strange, NamedShapes()))
-    with pytest.raises(UnsupportedSetup, match="gives soft labels, but targets='hard'"):
-        fit(ImageClassifier(**TINY), CrowdDataModule(path, NamedShapes()))
-    with pytest.raises(UnsupportedSetup, match="the training data has class numbers"):
-        fit(ImageClassifier(**TINY, targets="soft"), Shapes())
-    with pytest.raises(UnsupportedSetup, match="expected hard or soft"):
-        ImageClassifier(**TINY, targets="fuzzy")
+def test_another_version_has_another_file(table, tmp_path, monkeypatch):
+    ready(Points(), table)
+    monkeypatch.setattr("lightning_soup.data.label_cache.VERSION", 2)
+    ready(Points(), table)
+    assert len(list((tmp_path / ".soft_labels").iterdir())) == 2
 
 
-def test_from_yaml(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = votes_of(tmp_path / "v.csv")
-    (tmp_path / "given.yaml").write_text(
-        f"""
-trainer: {{max_epochs: 1, accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false,
-  enable_model_summary: false}}
-model:
-  class_path: lightning_soup.modules.ImageClassifier
-  init_args: {{model_name: {TINY["model_name"]}, img_size: 8, in_chans: 1, num_classes: 3, targets: soft,
-    model_args: {TINY["model_args"]}}}
-data:
-  class_path: lightning_soup.data.CrowdDataModule
-  init_args:
-    votes: {path}
-    items: {{class_path: tests.data.test_crowd.NamedShapes}}
-    method: centroid
-"""
-    )
-    cli = SoupCLI(["fit", "--config", "given.yaml"])
-    assert cli.trainer.callback_metrics["val_loss"].isfinite()
+def test_the_order_of_rows_is_no_change(table, tmp_path):
+    first = ready(Points(), table, cache=str(tmp_path / "kept")).labels
+    write(tmp_path / "votes.csv", two_each()[::-1])
+    assert torch.equal(ready(Points(), table, cache=str(tmp_path / "kept")).labels, first)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert not (tmp_path / ".soft_labels").exists()
+
+
+def test_a_folder_that_cannot_be_written(table, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="Soft labels are not kept, and made anew by every process: .*file"):
+        data = ready(Points(), table, cache=str(tmp_path / "file"))
+    assert torch.equal(data.labels, ready(Points(), table).labels)
+
+
+# --------------------------------------------------------------------------------------------------------------- items
+
+
+def test_names_of_items():
+    parts = Subset(TensorDataset(torch.zeros(5)), [4, 1])
+    assert item_names(parts) == ["4", "1"]
+
+
+def test_images_by_their_paths(tmp_path):
+    for part in ("train", "val", "test"):
+        write_folders(tmp_path / part, ["cat", "dog"])
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
+    assert (tmp_path / "train" / names[0]).is_file()
+    votes = write(tmp_path / "votes.csv", [(name, w, "dog" if w else "cat") for name in names for w in range(2)])
+    items = ImageFolderDataModule(str(tmp_path), img_size=8, num_workers=0, batch_size=4)
+    data = ready(items, votes, method="standard")
+    images, rows = read(data.train_dataloader())
+    assert images.shape == (6, 3, 8, 8)
+    assert rows.tolist() == [[0.5, 0.5]] * 6
+    assert data.class_names == ["cat", "dog"]
+    assert data.preprocessing is items.preprocessing
+
+
+def test_images_that_lie_in_no_class(tmp_path):
+    for part in ("val", "test"):
+        write_folders(tmp_path / part, ["cat", "dog"])
+    write_folders(tmp_path / "flat", ["monday", "tuesday"])
+    names = [f"{day}/{number}.png" for day in ("monday", "tuesday") for number in range(3)]
+    votes = write(tmp_path / "votes.csv", [(name, 1, "dog" if "tues" in name else "cat") for name in names])
+    items = ImageFolderDataModule(str(tmp_path), train="val", img_size=8, num_workers=0, batch_size=4)
+    data = ready(items, votes, method="standard", images=str(tmp_path / "flat"), val_fraction=1 / 3)
+    assert len(data.train_dataloader().dataset) == 4
+    images, rows = read(data.val_dataloader())
+    assert images.shape == (2, 3, 8, 8)
+    for (image, row), index in zip(zip(images, rows, strict=True), data._val.indices, strict=True):
+        assert row.tolist() == [float(index < 3), float(index >= 3)]
+        assert torch.equal(image, data._val.items[index])
+    assert torch.equal(images, read(data.val_dataloader())[0])  # without random changes
+    with pytest.raises(UnsupportedSetup, match=r"needs a data module over image files, .* Points does not"):
+        CrowdDataModule(Points(), votes, images=str(tmp_path / "flat")).setup("fit")
+    with pytest.raises(UnsupportedSetup, match=r"The images that votes are on: .*nowhere is no folder"):
+        ready(items, votes, images=str(tmp_path / "nowhere"))
+
+
+def test_votes_on_what_is_held_out_of_the_same_set_only_judge_workers(tmp_path):
+    for part in ("train", "test"):
+        write_folders(tmp_path / part, ["cat", "dog"], count=5)
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(5)]
+    votes = write(tmp_path / "votes.csv", [(name, 1, name[:3]) for name in names])
+    items = ImageFolderDataModule(str(tmp_path), img_size=8, num_workers=0, val_fraction=0.2)
+    data = ready(items, votes, method="standard")
+    assert len(data.labels) == 8
+    assert len(read(data.val_dataloader())[1]) == 2
+
+
+def test_digits_and_a_simulated_crowd():
+    items = HandwritingDataModule(train_size=40, val_size=20, third_size=10, corrupted="none", augment="strong")
+    data = ready(items, SimulatedCrowd(seed=1), method="standard")
+    state = torch.get_rng_state()
+    data = ready(items, SimulatedCrowd(seed=1), method="standard")
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the state of the run
+    truth = items.train_dataloader().dataset.targets
+    assert data.labels.shape == (40, 10)
+    assert (data.labels.argmax(1) == truth).float().mean() > 0.5
+    images, rows = read(data.train_dataloader())
+    assert images.shape == (40, 1, 28, 28)
+    assert rows.sum(1) == pytest.approx(torch.ones(40))
+    assert data.test_names == ["test", "mnist"]
+    assert len(read(data.third_dataloader())[1]) == 10
+    held_out = ready(items, SimulatedCrowd(seed=1), val_fraction=0.5)
+    assert torch.equal(read(held_out.val_dataloader())[0], read(held_out.val_dataloader())[0])
+
+
+def test_a_set_serves_batches_and_single_items():
+    rows = torch.eye(3)
+    whole, plain = TensorDataset(torch.arange(5.0)), torch.arange(5.0)
+    for items in (whole, plain):
+        found = SoftTargets(items, [4, 0, 2], rows)
+        assert [(float(x), row.tolist()) for x, row in found.__getitems__([2, 0])] == [(2, [0, 0, 1]), (4, [1, 0, 0])]
+        assert float(found[1][0]) == 0
+        assert len(found) == 3
+
+
+# -------------------------------------------------------------------------------------------------- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [*two_each(), ("12", 1, 0), ("cat.png", 2, 0)],
+            r"2 tasks are not among the items of Points, such as '12', 'cat.png' in rows 26, 27; expected .* '0', '1'",
+        ),
+        (two_each(range(10)), r"no votes on 2 of the 12 items to train on, such as '10', '11': .* unvoted: drop"),
+        ([*two_each(), (0, 1, 0)], r"worker '1' voted more than once on task '0', in rows 2, 26"),
+        ([*two_each(), (3, 3, "cat")], r"labels outside the class list in row 26, such as 'cat'; expected one of 0, 1"),
+        ([], "there are no votes"),
+    ],
+)
+def test_tables_that_do_not_fit(tmp_path, rows, message):
+    path = write(tmp_path / "votes.csv", rows)
+    with pytest.raises(UnsupportedSetup, match=rf"votes\.csv: .*{message}"):
+        ready(Points(), path)
+
+
+def test_items_without_votes_can_be_left_out(tmp_path):
+    path = write(tmp_path / "votes.csv", two_each(range(3, 10)))
+    data = ready(Points(), path, unvoted="drop")
+    assert sorted(by_item(data.train_dataloader())) == list(range(3, 10))
+
+
+def test_duplicates_can_be_kept(tmp_path):
+    path = write(tmp_path / "votes.csv", [*two_each(), (1, 1, 2)])
+    data = ready(Points(), path, duplicates="keep", method="standard")
+    assert by_item(data.train_dataloader())[1] == pytest.approx(torch.tensor([0, 2 / 3, 1 / 3]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "best"}, "method='best'"),
+        ({"weights": [1.0]}, "expected 7 numbers"),
+        ({"unvoted": "keep"}, "unvoted='keep'"),
+        ({"duplicates": "drop"}, "duplicates='drop'"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(UnsupportedSetup, match=message):
+        CrowdDataModule(Points(), "votes.csv", **options)
+
+
+def test_data_modules_that_cannot_be(table):
+    with pytest.raises(UnsupportedSetup, match="A SimulatedCrowd votes by true labels"):
+        CrowdDataModule(Points(), SimulatedCrowd(), images="folder")
+    points = Points()
+    points.num_classes = 0
+    with pytest.raises(UnsupportedSetup, match="Points names no classes"):
+        ready(points, table)
+
+    class Streams(Points):
+        def train_dataloader(self):
+            return [super().train_dataloader()]
+
+    with pytest.raises(UnsupportedSetup, match=r"one DataLoader over a set with a length, .* is a list"):
+        ready(Streams(), table)
+
+
+def test_no_warnings_of_its_own(table):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(Points(), table)
+    assert np.isfinite(ready(Points(), table).labels.numpy()).all()

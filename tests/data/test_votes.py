@@ -1,64 +1,153 @@
-"""Tables of votes: what is read, and what is refused, with the row."""
+"""Tables of votes: the same votes for every file format and order of rows, and what cannot be."""
 
+import csv
+import random
+
+import numpy as np
 import pytest
 
-from lightning_soup.data.votes import Votes, read_votes
-from lightning_soup.errors import UnsupportedSetup
+from lightning_soup.data import read_votes
+from lightning_soup.data.votes import Votes
+from lightning_soup.errors import MissingExtra, UnsupportedSetup
+from tests.helpers.crowds import ROWS, four_items, random_rows
 
 
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
+def write(path, rows, heading=("task", "worker", "label"), delimiter=","):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([heading, *rows])
     return path
 
 
-def test_csv(tmp_path):
-    path = write(tmp_path / "v.csv", "when,task,worker,label\n1,10,u,cat\n2,9,u,dog\n3,9,v, dog \n")
-    votes = read_votes(path)
-    assert votes.items == ("9", "10")  # numbers in their order
-    assert votes.classes == ("cat", "dog")
-    assert votes.counts.tolist() == [[0, 2], [1, 0]]
-    assert read_votes(path, ["dog", "fish", "cat"]).counts.tolist() == [[2, 0, 0], [0, 0, 1]]
-    marked = tmp_path / "marked.csv"
-    marked.write_bytes(b"\xef\xbb\xbf" + b"task,worker,label\na,u,0\na,v,1\n")
-    assert read_votes(marked).items == ("a",)
+def columns(rows=ROWS):
+    return dict(zip(("task", "worker", "label"), zip(*rows, strict=True), strict=True))
 
 
-def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+def test_what_is_in_them():
+    votes = four_items()
+    assert (votes.items, votes.workers, votes.classes) == (("a", "b", "c", "d"), ("w1", "w2", "w3"), ("0", "1", "2"))
+    assert len(votes) == 12
+    assert votes.counts.tolist() == [[2, 1, 0], [0, 3, 0], [1, 0, 2], [0, 0, 3]]
+    assert votes.sum_by_worker(votes.label.astype(float)).tolist() == [3, 5, 6]
+    assert votes.sum_by_item(votes.label.astype(float)).tolist() == [1, 3, 4, 6]
 
-    table = pyarrow.table({"task": [3, 3, 4], "worker": ["u", "v", "u"], "label": [0, 1, 1]})
-    parquet.write_table(table, tmp_path / "v.parquet")
-    assert read_votes(tmp_path / "v.parquet").counts.tolist() == [[1, 1], [0, 1]]
-    write(tmp_path / "bad.parquet", "no")
-    with pytest.raises(UnsupportedSetup, match=r"bad\.parquet: is no parquet file"):
-        read_votes(tmp_path / "bad.parquet")
+
+@pytest.mark.parametrize(("name", "delimiter"), [("votes.csv", ","), ("votes.tsv", "\t")])
+def test_files_are_what_the_table_is(tmp_path, name, delimiter):
+    path = write(tmp_path / name, ROWS, delimiter=delimiter)
+    assert read_votes(path).fingerprint == read_votes(str(path)).fingerprint == four_items().fingerprint
+    assert read_votes(columns()).fingerprint == four_items().fingerprint
+
+
+def test_further_columns_spaces_empty_lines_and_a_mark_of_the_encoding(tmp_path):
+    path = tmp_path / "votes.csv"
+    lines = ["worker , time,label,task", *(f" {worker},9, {label},{task} " for task, worker, label in ROWS), "", ""]
+    path.write_text("\r\n".join(lines), encoding="utf-8-sig")
+    assert read_votes(path).fingerprint == four_items().fingerprint
+
+
+def test_parquet_and_data_frames(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame(columns())
+    frame["label"] = frame["label"].astype(float)  # as a column with gaps would be: 2.0 is the class "2"
+    frame["when"] = 0
+    frame.to_parquet(tmp_path / "votes.parquet")
+    assert read_votes(frame).fingerprint == four_items().fingerprint
+    assert read_votes(tmp_path / "votes.parquet").fingerprint == four_items().fingerprint
+    frame.drop(columns="worker").to_parquet(tmp_path / "less.parquet")
+    with pytest.raises(
+        UnsupportedSetup, match=r"less.parquet: has no column worker; its columns are task, label, when"
+    ):
+        read_votes(tmp_path / "less.parquet")
+    frame.loc[3, "worker"] = None
+    frame.to_parquet(tmp_path / "gap.parquet")
+    with pytest.raises(UnsupportedSetup, match=r"gap.parquet: no worker in row 3\. "):
+        read_votes(tmp_path / "gap.parquet")
+    (tmp_path / "text.parquet").write_text("task,worker,label")
+    with pytest.raises(UnsupportedSetup, match=r"text.parquet: cannot be read as Parquet"):
+        read_votes(tmp_path / "text.parquet")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "votes.parquet").touch()
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingExtra, match=r"lightning_soup\[crowd\]"):
+        read_votes(tmp_path / "votes.parquet")
+
+
+def test_the_order_of_rows_is_not_in_them():
+    rows = random_rows()
+    votes = Votes.of(*zip(*rows, strict=True))
+    random.Random(0).shuffle(rows)
+    again = Votes.of(*zip(*rows, strict=True))
+    assert again.fingerprint == votes.fingerprint
+    for name in ("item", "worker", "label", "counts"):
+        assert np.array_equal(getattr(again, name), getattr(votes, name))
+
+
+def test_the_fingerprint_is_of_all_that_counts():
+    names = {four_items().fingerprint}
+    changed = [*ROWS[:-1], ("d", "w3", "1")], [*ROWS[:-1], ("d", "w4", "2")], [*ROWS[:-1], ("e", "w3", "2")], ROWS[:-1]
+    names |= {read_votes(columns(rows), "012").fingerprint for rows in changed}
+    names |= {read_votes(columns(), "0123").fingerprint, read_votes(columns(), "210").fingerprint}
+    assert len(names) == 7
+
+
+def test_classes_are_numbered_as_they_are_listed_and_need_not_be_chosen():
+    votes = read_votes(columns(), ["2", "none", "1", "0"])
+    assert votes.counts.tolist() == [[0, 0, 1, 2], [0, 0, 3, 0], [2, 0, 0, 1], [3, 0, 0, 0]]
+    assert read_votes({"task": [1, 2], "worker": [7, 7], "label": [3.0, 4.0]}, [3, 4]).classes == ("3", "4")
+
+
+def test_duplicates_count_where_they_are_kept():
+    rows = [*ROWS, ("a", "w1", "0"), ("a", "w1", "2")]
+    assert read_votes(columns(rows), duplicates="keep").counts[0].tolist() == [3, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("rows", "message"),
     [
-        ("", "has no column task, worker, label; found none"),
-        ("task,worker\na,u\n", "has no column label; found task, worker"),
-        ("task,worker,label\n", r"has no votes; expected rows with task, worker, label"),
-        ("task,worker,label\na,u,0\na,u,1\n", r"vote 2: 'u' votes on 'a' a second time \('0', then '1'\)"),
-        ("task,worker,label\na,u,0\nb,u,\n", r"vote 2: \('b', 'u', ''\) has an empty field"),
-        ("task,worker,label\na,u,0\nb,u,0\n", r"the classes are \['0'\]; expected two or more"),
+        ([], r"there are no votes\. Expected rows of task, worker, label"),
+        ([*ROWS, ("a", "w1", "0")], r"worker 'w1' voted more than once on task 'a', in rows 2, 14 \(1 votes too many"),
+        ([*ROWS, ("a", "w1", "2")], r"in rows 2, 14 .*duplicates=\"keep\""),
+        ([*ROWS, ("e", "w1", "7"), ("f", "w1", "8")], r"labels outside the class list in rows 14, 15, such as '7'"),
+        ([*ROWS, ("e", "w1", "")], r"no label in row 14\. Each vote names its task, worker and label"),
+        ([*ROWS, (" ", "w1", "1")], "no task in row 14"),
+        ([*ROWS, ("e", "w1")], r"2 cells in row 14, but the heading has 3"),
+        ([("e", "", "1")] * 9, "no worker in rows 2, 3, 4, 5, 6 and 4 more"),
     ],
 )
-def test_bad_tables(tmp_path, text, message):
-    with pytest.raises(UnsupportedSetup, match=message):
-        read_votes(write(tmp_path / "v.csv", text))
+def test_tables_that_cannot_be(tmp_path, rows, message):
+    path = write(tmp_path / "votes.csv", rows)
+    with pytest.raises(UnsupportedSetup, match=rf"votes\.csv: .*{message}"):
+        read_votes(path, ["0", "1", "2"])
 
 
-def test_labels_outside_the_classes(tmp_path):
-    path = write(tmp_path / "v.csv", "task,worker,label\na,u,cat\na,v,dgo\n")
-    with pytest.raises(UnsupportedSetup, match=r"v\.csv, vote 2: the label 'dgo' is none of the classes cat, dog"):
-        read_votes(path, ["cat", "dog"])
-    with pytest.raises(UnsupportedSetup, match="all different"):
-        Votes.of([("a", "u", 0)], classes=["0", "0"])
+def test_files_that_cannot_be(tmp_path):
+    with pytest.raises(UnsupportedSetup, match=r"nowhere\.csv: there is no such file"):
+        read_votes(tmp_path / "nowhere.csv")
+    (tmp_path / "votes.xlsx").touch()
+    with pytest.raises(UnsupportedSetup, match=r"votes\.xlsx: is neither"):
+        read_votes(tmp_path / "votes.xlsx")
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(UnsupportedSetup, match=r"empty\.csv: has no column task and no column worker and .*are none"):
+        read_votes(tmp_path / "empty.csv")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UnsupportedSetup, match=r"bytes\.csv: cannot be read as a table"):
+        read_votes(tmp_path / "bytes.csv")
+    with pytest.raises(UnsupportedSetup, match=r"has no column label; its columns are task, worker, answer"):
+        read_votes(write(tmp_path / "other.csv", ROWS, ("task", "worker", "answer")))
 
 
-def test_no_file(tmp_path):
-    with pytest.raises(UnsupportedSetup, match=r"none\.csv: cannot be read as a table of votes"):
-        read_votes(tmp_path / "none.csv")
+def test_what_else_cannot_be():
+    with pytest.raises(UnsupportedSetup, match="duplicates='first': expected one of error, keep"):
+        read_votes(columns(), duplicates="first")
+    with pytest.raises(UnsupportedSetup, match=r"unequal length \(2 of task, 1 of worker, 2 of label\)"):
+        read_votes({"task": [1, 2], "worker": [1], "label": [0, 1]})
+    with pytest.raises(UnsupportedSetup, match="the classes are x; expected two or more"):
+        read_votes({"task": [1], "worker": [1], "label": ["x"]})
+    with pytest.raises(UnsupportedSetup, match="the classes are x, y, x"):
+        read_votes({"task": [1], "worker": [1], "label": ["x"]}, ["x", "y", "x"])
+    with pytest.raises(UnsupportedSetup, match="no worker in row 1"):
+        read_votes({"task": [1, 2], "worker": [1, float("nan")], "label": [0, 1]})
