@@ -1,5 +1,6 @@
 """`lightning-soup sweep`: train one ingredient per setting of a W&B sweep file, then cook them if asked."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -17,8 +18,10 @@ from lightning_soup.evaluation.evaluator import direction
 from lightning_soup.evaluation.own_loops import no_notices
 from lightning_soup.progress import progress_lines, rich_progress
 from lightning_soup.recipes.recipe import Recipe
+from lightning_soup.runs.launched import launched, unlaunched
 from lightning_soup.runs.sweep import SweepResult, run_sweep
 from lightning_soup.runs.sweep_file import read_sweep_file, read_yaml
+from lightning_soup.runs.sweep_replicas import run_on_ranks
 from lightning_soup.runs.sweep_run import Run, canonical
 
 __all__ = ["fingerprint", "sweep", "train_once", "train_setting"]
@@ -36,7 +39,7 @@ def sweep(
     metric: str | None = None,
     mode: Literal["max", "min"] | None = None,
     cook: Recipe | None = None,
-    engine: Literal["local", "ray"] = "local",
+    engine: Literal["local", "ray", "replicas"] = "local",
     address: str | None = None,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
@@ -61,23 +64,25 @@ def sweep(
         metric: Metric of the table at the end, and of the recipe; that of the sweep file by default, else val_acc.
         mode: Whether a high (max) or a low (min) value of the metric is good; the goal of the sweep file by default.
         cook: Recipe for a soup of the finished ingredients, written to soup.safetensors in the folder.
-        engine: What trains: this machine, or a Ray cluster whose nodes have the current folder and that of the runs
-            under the same paths. The runs are the same, so that either goes on where the other was interrupted.
+        engine: What trains: this machine; a Ray cluster; or replicas, the ranks that torchrun or srun started with this
+            command, each of which trains one setting at a time. All machines must have the current folder and that of
+            the runs under the same paths. The runs are the same, so that each goes on where another was interrupted.
         address: With engine ray, the cluster: auto, HOST:PORT or ray://HOST:PORT. By default one is started on this
             machine and stopped at the end.
         num_cpus: With engine ray, CPUs, and threads, of each training; 1 by default.
         num_gpus: With engine ray, GPUs of each training: 1, 0, or a part of one to be shared. By default 1 where the
             cluster has any and the config does not ask for a CPU.
         retries: How often a training is tried again whose process died; one that raised an error is not. With jobs
-            above 1 or engine ray.
+            above 1, or another engine.
 
     Returns:
-        The runs with their settings, metrics and checkpoints.
+        The runs with their settings, metrics and checkpoints; with engine replicas on all ranks, though only rank 0
+        prints and cooks.
 
     Raises:
         UnsupportedSetup: The config, the sweep file or an option is wrong; found before any training starts.
         MissingExtra: Ray is asked for and not installed.
-        LightningSoupError: No run finished.
+        LightningSoupError: No run finished, or the ranks have lost each other.
     """
     file = read_sweep_file(sweep_file)
     settings = file.settings(seed)
@@ -91,29 +96,35 @@ def sweep(
     cluster = choose_engine(
         engine, jobs=jobs, address=address, num_cpus=num_cpus, num_gpus=num_gpus, configs=configs, same=mark
     )
-    alone = cluster is None and jobs == 1
+    alone = engine == "local" and jobs == 1
     name = re.sub(r"[^\w.-]+", "-", file.name).strip(".-") or "sweep"
-    with no_notices():
-        result = run_sweep(
-            settings,
-            partial(train_setting, base=base, group=name),
-            Path("runs", name) if folder is None else folder,
-            seed=seed,
-            jobs=jobs,
-            spread=not (isinstance(trainer.devices, list) or any("trainer.devices" in one for one in settings)),
-            engine=cluster,
-            retries=retries,
-            fingerprint=mark(),
-            # With one job Lightning's own bar is on the screen, unless the config turns it off.
-            progress=progress_lines if alone and trainer.enable_progress_bar is not False else rich_progress,
-        )
-    _print_table(result, metric, mode)
-    for run in result.failed:
-        print(f"failed: {run.folder} ({_text(run.setting)}): {run.error}", file=sys.stderr)
-    if not result.finished:
-        raise LightningSoupError(f"{result.folder}: none of the {len(result.runs)} runs finished.")
-    if cook is not None:
-        _cook(result, cook, base=base, group=name, metric=metric, mode=mode)
+    options = {
+        "seed": seed,
+        "retries": retries,
+        "fingerprint": mark(),
+        "spread": not (isinstance(trainer.devices, list) or any("trainer.devices" in one for one in settings)),
+        # With one job Lightning's own bar is on the screen, unless the config turns it off.
+        "progress": progress_lines if alone and trainer.enable_progress_bar is not False else rich_progress,
+    }
+    train, to = partial(train_setting, base=base, group=name), Path("runs", name) if folder is None else Path(folder)
+    with contextlib.ExitStack() as stack:
+        world = None
+        if engine == "replicas":
+            world = launched()
+            stack.enter_context(unlaunched())
+        with no_notices():
+            if world is None:
+                result = run_sweep(settings, train, to, jobs=jobs, engine=cluster, **options)
+            else:
+                result = run_on_ranks(world, settings, train, to, **options)
+        if world is None or world.rank == 0:
+            _print_table(result, metric, mode)
+            for run in result.failed:
+                print(f"failed: {run.folder} ({_text(run.setting)}): {run.error}", file=sys.stderr)
+        if not result.finished:
+            raise LightningSoupError(f"{result.folder}: none of the {len(result.runs)} runs finished.")
+        if cook is not None and (world is None or world.rank == 0):
+            _cook(result, cook, base=base, group=name, metric=metric, mode=mode)
     return result
 
 

@@ -13,7 +13,7 @@ __all__ = ["choose_engine"]
 
 
 def choose_engine(
-    engine: Literal["local", "ray"],
+    engine: Literal["local", "ray", "replicas"],
     *,
     jobs: int,
     address: str | None,
@@ -37,24 +37,27 @@ def choose_engine(
         MissingExtra: Ray is not installed.
         UnsupportedSetup: An option belongs to the other engine, or has a value that cannot be.
     """
-    if engine == "local":
+    if engine != "ray":
         for name, value in (("address", address), ("num_cpus", num_cpus), ("num_gpus", num_gpus)):
             if value is not None:
                 raise UnsupportedSetup(
                     f"{name} is {value}, an option of engine ray. Add --engine ray, or leave it out."
                 )
+    if engine == "local":
         return None
     if jobs != 1:
-        raise UnsupportedSetup(
-            f"jobs is {jobs} with engine ray, where as many train at a time as the cluster has room for. Leave it "
-            "out; num_cpus and num_gpus say what each of them takes."
-        )
+        many = "as many train at a time as the cluster has room for" if engine == "ray" else "each rank trains one"
+        said = "; num_cpus and num_gpus say what each of them takes" if engine == "ray" else ""
+        raise UnsupportedSetup(f"jobs is {jobs} with engine {engine}, where {many}. Leave it out{said}.")
     for config in configs:
         if isinstance(config.trainer.devices, list):
+            whose = "the one that Ray gives it" if engine == "ray" else "its rank's own"
             raise UnsupportedSetup(
-                f"trainer.devices is {config.trainer.devices}, which names a device, but with engine ray each training "
-                "sees only the one that Ray gives it. Set devices: 1."
+                f"trainer.devices is {config.trainer.devices}, which names a device, but with engine {engine} each "
+                f"training sees only {whose}. Set devices: 1."
             )
+    if engine == "replicas":
+        return None
     from lightning_soup.runs.sweep_ray import RayCluster
 
     if num_gpus is None and all(config.trainer.accelerator == "cpu" for config in configs):

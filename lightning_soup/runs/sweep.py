@@ -24,7 +24,7 @@ from lightning_soup.runs.sweep_run import (
 )
 from lightning_soup.runs.sweep_workers import Engine, train_apart
 
-__all__ = ["SweepResult", "run_sweep"]
+__all__ = ["SweepResult", "run_sweep", "tasks_of"]
 
 _LARGEST_SEED = 2**32 - 1  # of numpy
 
@@ -104,11 +104,7 @@ def run_sweep(
         raise UnsupportedSetup("no settings to train; a sweep needs at least one.")
     folder = Path(folder)
     make_folder(folder)
-    tasks = []
-    for index, setting in enumerate(settings):
-        identity = canonical([setting, seed + index, fingerprint])
-        name = f"{index:03d}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-        tasks.append(Task(index, folder / name, dict(setting), seed + index))
+    tasks = tasks_of(settings, folder, seed, fingerprint)
     earlier = [run for task in tasks if (run := finished_run(task))]
     done = {run.index for run in earlier}
     todo = [task for task in tasks if task.index not in done]
@@ -117,6 +113,16 @@ def run_sweep(
     with contextlib.closing(runs_of_todo) as trained:
         runs = list(progress(chain(earlier, trained), "Training ingredients", total=len(tasks)))
     return SweepResult(folder, sorted(runs, key=lambda run: run.index))
+
+
+def tasks_of(settings: Sequence[Mapping[str, Any]], folder: Path, seed: int, fingerprint: str) -> list[Task]:
+    """The task of each setting, as :func:`run_sweep` names and seeds it."""
+    tasks = []
+    for index, setting in enumerate(settings):
+        identity = canonical([setting, seed + index, fingerprint])
+        name = f"{index:03d}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        tasks.append(Task(index, folder / name, dict(setting), seed + index))
+    return tasks
 
 
 def check_numbers(jobs: int, seed: int, runs: int) -> None:
@@ -144,7 +150,7 @@ def check_retries(retries: int, *, apart: bool) -> None:
     if retries and not apart:
         raise UnsupportedSetup(
             f"retries is {retries} with jobs 1, where a training that dies takes the sweep along; expected 0. "
-            "Set jobs to 2 or more, or engine to ray, for trainings in processes of their own."
+            "Set jobs to 2 or more, or engine to ray or replicas, for trainings in processes of their own."
         )
 
 

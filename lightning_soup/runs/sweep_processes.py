@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,31 +14,36 @@ from lightning_soup.runs import sweep_workers
 from lightning_soup.runs.sweep_run import Task, Train
 from lightning_soup.runs.sweep_workers import Ended, pickled, threads_within, work
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "cores", "gpus", "share_of_cores"]
 
 
 class Processes:
     """Train `jobs` at a time, each in a process of its own that is started afresh (never forked).
 
     Args:
-        train: Trains one task.
-        jobs: Trainings at a time.
-        spread: Let each see one GPU only, another one for each while there are enough.
+        train: Trains one task, pickled.
+        places: For each training at a time what CUDA_VISIBLE_DEVICES is there; None leaves it as it is.
+        threads: Threads of each.
     """
 
-    def __init__(self, train: Train, jobs: int, spread: bool) -> None:
-        self._train, self._jobs = pickled(train), jobs
-        self._threads = _share_of_cores(jobs)
-        self._gpus = _gpus() if spread else []
-        self._places = deque(range(jobs))  # each training takes a place, and the GPU that belongs to it
-        self._running: dict[BaseProcess, tuple[Task, int]] = {}
+    def __init__(self, train: bytes, places: Sequence[str | None], threads: int) -> None:
+        self._train, self._threads = train, threads
+        self._places = deque(places)
+        self._running: dict[BaseProcess, tuple[Task, str | None]] = {}
 
     @classmethod
     def engine(cls, jobs: int, spread: bool) -> sweep_workers.Engine:
-        """So many processes, or fewer where there are fewer tasks."""
+        """So many processes, or fewer where there are fewer tasks.
+
+        Args:
+            jobs: Trainings at a time.
+            spread: Let each see one GPU only, another one for each while there are enough.
+        """
 
         def make(train: Train, folder: Path, tasks: int) -> Processes:
-            return cls(train, min(jobs, tasks), spread)
+            count, seen = min(jobs, tasks), gpus() if spread else []
+            places = [seen[place % len(seen)] if len(seen) > 1 else None for place in range(count)]
+            return cls(pickled(train), places, share_of_cores(count))
 
         return make
 
@@ -51,14 +57,13 @@ class Processes:
     def start(self, task: Task) -> None:
         """Start a process for the task."""
         place = self._places.popleft()
-        gpu = self._gpus[place % len(self._gpus)] if len(self._gpus) > 1 else None
-        process = get_context("spawn").Process(target=_child, args=(self._train, task, self._threads, gpu))
+        process = get_context("spawn").Process(target=_child, args=(self._train, task, self._threads, place))
         process.start()
         self._running[process] = (task, place)
 
-    def wait(self) -> list[Ended]:
-        """Wait for processes to end."""
-        connection.wait([process.sentinel for process in self._running])
+    def wait(self, timeout: float | None = None) -> list[Ended]:
+        """Wait for processes to end, for so many seconds at most."""
+        connection.wait([process.sentinel for process in self._running], timeout)
         ended = []
         for process in [process for process in self._running if not process.is_alive()]:
             task, place = self._running.pop(process)
@@ -96,12 +101,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _share_of_cores(jobs: int) -> int:
+def share_of_cores(processes: int) -> int:
     """Threads for each of so many processes."""
-    return threads_within(max(1, cores() // max(1, jobs)))
+    return threads_within(max(1, cores() // processes))
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch  # not needed for anything else here
 

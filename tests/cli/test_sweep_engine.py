@@ -138,3 +138,40 @@ def test_ray_is_imported_by_nobody_who_does_not_ask_for_it():
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
+
+
+def test_options_with_replicas(command, tmp_path):
+    for options, message in (
+        (["--jobs=2"], r"jobs is 2 with engine replicas, where each rank trains one. Leave it out"),
+        (["--num_gpus=1"], r"num_gpus is 1.0, an option of engine ray"),
+        ([], r"none did. Start the command with .*torchrun"),
+    ):
+        with pytest.raises(UnsupportedSetup, match=message):
+            command("--engine=replicas", *options)
+    with pytest.raises(UnsupportedSetup, match=r"trainer.devices is \[1\].*sees only its rank's own. Set devices: 1"):
+        command("--engine=replicas", devices=[1], accelerator="auto")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_under_torchrun_runs_are_those_of_this_machine(command, tmp_path):
+    here = command("--folder=here", "--cook=UniformSoup")
+    program = tmp_path / "program.py"
+    program.write_text("from lightning_soup.cli.main import main\n\nmain()\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(program)]
+    arguments = ["base.yaml", "sweep.yaml", "--engine=replicas", "--folder=apart", "--cook=UniformSoup"]
+    done = subprocess.run(
+        [*launch, "sweep", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("apart: 2 ingredients") == 1  # rank 0 speaks for all
+    for run in here.runs:
+        apart = tmp_path / "apart" / run.folder.name
+        assert (apart / "run.json").read_text() == (run.folder / "run.json").read_text()
+        assert (apart / run.checkpoint.relative_to(run.folder)).read_bytes() == run.checkpoint.read_bytes()
+    a, b = (open_checkpoint(tmp_path / name / "soup.safetensors") for name in ("here", "apart"))
+    assert all((a[name] == b[name]).all() for name in a)

@@ -232,7 +232,7 @@ def test_jobs_train_in_processes_of_their_own(tmp_path, train, calls, monkeypatc
 def test_share_of_cores(monkeypatch, cores, jobs, asked, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert sweep_processes._share_of_cores(jobs) == threads
+    assert sweep_processes.share_of_cores(jobs) == threads
 
 
 @pytest.mark.slow
@@ -252,12 +252,12 @@ def test_each_job_gets_a_gpu_of_its_own(tmp_path, train, calls, monkeypatch):
 def test_which_gpus_there_are(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert sweep_processes._gpus() == ["0", "1"]
+    assert sweep_processes.gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5a,-1,7")
-    assert sweep_processes._gpus() == ["3", "GPU-5a"]
+    assert sweep_processes.gpus() == ["3", "GPU-5a"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert sweep_processes._gpus() == []
+    assert sweep_processes.gpus() == []
 
 
 def test_settings_with_keys_of_several_types(tmp_path, train):
