@@ -157,8 +157,8 @@ def test_options_with_replicas(command, tmp_path):
 def test_under_torchrun_runs_are_those_of_this_machine(command, tmp_path):
     here = command("--folder=here", "--cook=UniformSoup")
     program = tmp_path / "program.py"
-    program.write_text("from lightning_soup.cli.main import main\n\nmain()\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(program)]
+    program.write_text('from lightning_soup.cli.main import main\n\nif __name__ == "__main__":\n    main()\n')
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     arguments = ["base.yaml", "sweep.yaml", "--engine=replicas", "--folder=apart", "--cook=UniformSoup"]
     done = subprocess.run(
         [*launch, "sweep", *arguments],
