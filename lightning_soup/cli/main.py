@@ -19,6 +19,7 @@ usage: lightning-soup COMMAND [options]        (lightning-soup COMMAND --help ex
   sweep     train one ingredient per setting of a W&B sweep file, then cook them if asked
   resolution  evaluate a model at several image sizes, choose one on validation data, test there
   continual train a list of tasks in order, and judge all tasks after each (ZSCL)
+  zoo       train a grid of settings and seeds, measure the loss landscape, and name the phases
   federated simulate federated averaging over clients that come and go (FedAU)
   show      what a checkpoint or soup holds, and how it was cooked
   recook    cook a soup again from its provenance
@@ -34,6 +35,7 @@ _COMMANDS = {
     "recook": "lightning_soup.cli.files",
     "sweep": "lightning_soup.cli.sweep",
     "continual": "lightning_soup.cli.continual",
+    "zoo": "lightning_soup.cli.zoo",
     "federated": "lightning_soup.cli.federated",
     "demo": "lightning_soup.cli.demo",
 }

@@ -21,6 +21,7 @@ import lightning_soup
 from lightning_soup.cli.trainer import SoupTrainer
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.runs.task_file import SECTION
+from lightning_soup.runs.zoo_file import ZOO
 from lightning_soup.weights import open_checkpoint
 
 __all__ = ["SoupCLI"]
@@ -72,7 +73,8 @@ class SoupCLI(LightningCLI):
         if subcommand in _OUR_OWN:
             for name in _FIT_ONLY:
                 parser.add_argument(f"--{name}", type=Any, help="No effect here: from a config saved by fit.")
-        parser.add_argument(f"--{SECTION}", type=Any, help="No effect here: the tasks of `lightning-soup continual`.")
+        for section, command in ((SECTION, "continual"), (ZOO, "zoo")):
+            parser.add_argument(f"--{section}", type=Any, help=f"No effect here: for `lightning-soup {command}`.")
         return parser
 
     def before_instantiate_classes(self) -> None:

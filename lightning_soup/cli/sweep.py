@@ -144,13 +144,19 @@ def train_once(base: Path, setting: Mapping[str, Any], folder: Path, seed: int) 
     return result.checkpoints[0]
 
 
-def fingerprint(base: Path, settings: Sequence[Mapping[str, Any]] = ()) -> str:
+def fingerprint(base: Path, settings: Sequence[Mapping[str, Any]] = (), without: str | None = None) -> str:
     """Hash a config by content: its values, and every file that it or a setting names.
 
     Comments and the order of keys do not count. New weights under an old `checkpoint_path` do. Of files too
     large to read each time, size and date stand for the content.
+
+    Args:
+        base: The config.
+        settings: What is changed in it.
+        without: A section that does not count.
     """
-    config = read_yaml(base, "config for `lightning-soup fit`")
+    config = dict(read_yaml(base, "config for `lightning-soup fit`"))
+    config.pop(without, None)
     digest = hashlib.sha256(canonical(config).encode())
     for text in sorted({*_strings(config), *_strings([dict(setting) for setting in settings])}):
         path = next((p for p in (text, os.path.join(base.parent, text)) if os.path.isfile(p)), None)

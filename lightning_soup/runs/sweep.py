@@ -64,6 +64,7 @@ def run_sweep(
     engine: Engine | None = None,
     retries: int = 0,
     progress: Progress = silent,
+    title: str = "Training ingredients",
 ) -> SweepResult:
     """Train every setting, each in its own folder `<index>-<hash of setting, seed and fingerprint>`.
 
@@ -87,6 +88,7 @@ def run_sweep(
             raised an error is not, before the next call.
         fingerprint: Stands for everything else that decides the result, such as a hash of the base config.
         progress: Shows how many runs are done.
+        title: What it says they are.
 
     Returns:
         All runs, those that failed included.
@@ -111,7 +113,7 @@ def run_sweep(
     # closing: an error or Ctrl-C in the progress display must stop the children too, not wait for collection
     runs_of_todo = _here(todo, train) if engine is None else train_apart(todo, train, folder, engine, retries)
     with contextlib.closing(runs_of_todo) as trained:
-        runs = list(progress(chain(earlier, trained), "Training ingredients", total=len(tasks)))
+        runs = list(progress(chain(earlier, trained), title, total=len(tasks)))
     return SweepResult(folder, sorted(runs, key=lambda run: run.index))
 
 

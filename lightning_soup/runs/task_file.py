@@ -1,6 +1,5 @@
 """Task files: a config of ``lightning-soup fit`` with a section ``continual``, the tasks that are trained in order."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from lightning_soup.errors import UnsupportedSetup
 from lightning_soup.runs.sweep_file import read_yaml
+from lightning_soup.runs.sweep_parameter import refuse_unknown
 
 __all__ = ["SECTION", "TaskFile", "read_task_file"]
 
@@ -68,11 +68,7 @@ def read_task_file(path: str | Path) -> TaskFile:
             f"{path}: there is no section {SECTION}, or it is no mapping. It lists the tasks in order, with what each "
             f"changes in the config: {_EXAMPLE}."
         )
-    for key in section:
-        if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(_KEYS)}."
-            raise UnsupportedSetup(f"{path}: {SECTION} has no option {key!r}. {hint}")
+    refuse_unknown(section, _KEYS, f"{path}: {SECTION} has no option")
     tasks = section.get("tasks")
     if not isinstance(tasks, Mapping) or not tasks:
         raise UnsupportedSetup(f"{path}: {SECTION}.tasks is {tasks!r}; expected one task or more, as in {_EXAMPLE}.")

@@ -16,6 +16,7 @@ COMMANDS = {
     "ama.yaml": ["soup", "--config", str(CONFIGS / "image_classifier.yaml")],
     "aware_net_deepfake.yaml": ["fit"],
     "crowd_digits.yaml": ["fit"],
+    "zoo_digits.yaml": ["fit"],
     "aware_net_digits.yaml": ["fit"],
     "torchvision.yaml": ["fit"],
     "model_soup_clip.yaml": ["fit"],
