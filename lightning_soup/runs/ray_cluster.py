@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -15,11 +16,12 @@ from lightning_soup.errors import MissingExtra, UnsupportedSetup
 from lightning_soup.extras import import_extra
 from lightning_soup.runs.sweep_processes import cores
 
-__all__ = ["ADDRESSES", "connected", "enough_room", "is_address"]
+__all__ = ["ADDRESSES", "Pulse", "connected", "enough_room", "is_address"]
 
 ADDRESSES = "auto, HOST:PORT or ray://HOST:PORT (none for a cluster on this machine)"
 _HOST = re.compile(r"(ray://)?(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})")
 _SECONDS_TO_ANSWER = 10.0
+_SECONDS_OF_SILENCE = 30.0  # the end of the trainings takes up to 20 more, and Ray ends the program after 60
 _OBJECT_STORE = 100 * 2**20  # bytes; nothing large goes through it, and by default Ray takes a third of the memory
 
 
@@ -53,12 +55,48 @@ def connected(address: str | None) -> Iterator[ModuleType]:
                 options |= {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
             try:
                 ray.init(address or "local", **options)
-            except (ConnectionError, ValueError, RuntimeError, ImportError, TimeoutError) as error:
+            except (
+                *(ConnectionError, ValueError, RuntimeError, ImportError, TimeoutError),
+                ray.exceptions.RayError,  # a token for authentication that is missing or wrong
+            ) as error:
                 raise _refusal(address, error) from error
         yield ray
     finally:
         with _own_signals():
             ray.shutdown()
+
+
+class Pulse:
+    """Notices that a cluster has vanished before Ray does, which then ends this program on the spot.
+
+    Args:
+        ray: The module, connected. Of a connection by ray:// nothing is asked: that one raises errors.
+    """
+
+    def __init__(self, ray: ModuleType) -> None:
+        address = "" if ray.util.client.ray.is_connected() else ray.get_runtime_context().gcs_address
+        self._host, _, self._port = address.rpartition(":")
+        self._silent_since: float | None = None
+
+    def feel(self) -> None:
+        """Ask the head node whether it is there; to be called again and again.
+
+        Raises:
+            ConnectionError: It has not answered for a while. Shorter than that, it may be starting anew.
+        """
+        if not self._host:
+            return
+        now = time.monotonic()
+        try:
+            socket.create_connection((self._host.strip("[]"), int(self._port)), timeout=_SECONDS_TO_ANSWER).close()
+            self._silent_since = None
+        except OSError as error:
+            self._silent_since = now if self._silent_since is None else self._silent_since
+            if time.monotonic() - self._silent_since >= _SECONDS_OF_SILENCE:
+                raise ConnectionError(
+                    f"its head node at {self._host}:{self._port} has not answered for {_SECONDS_OF_SILENCE:g} seconds "
+                    f"({error.strerror or error})"
+                ) from error
 
 
 def enough_room(
@@ -114,7 +152,8 @@ def _refusal(address: str | None, error: Exception) -> Exception:
     return UnsupportedSetup(
         f"address is {address!r}, where no Ray cluster can be reached: {reason.rstrip('.')}. Expected {ADDRESSES}. "
         "Start one with `ray start --head`, with this version of Ray and Python; `ray status` shows whether it runs. "
-        "One with authentication wants its token in RAY_AUTH_TOKEN."
+        "One with authentication, which Ray turns on by itself where ~/.ray/auth_token exists, wants "
+        "RAY_AUTH_MODE=token and its token in that file or in RAY_AUTH_TOKEN."
     )
 
 

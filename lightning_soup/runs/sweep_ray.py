@@ -15,12 +15,14 @@ from typing import Any
 
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
 from lightning_soup.runs import sweep_workers
-from lightning_soup.runs.ray_cluster import ADDRESSES, connected, enough_room, is_address
+from lightning_soup.runs.ray_cluster import ADDRESSES, Pulse, connected, enough_room, is_address
 from lightning_soup.runs.ray_files import NOT_SHARED, Place, refuse_unshared
 from lightning_soup.runs.sweep_run import Task, Train
 from lightning_soup.runs.sweep_workers import Ended, pickled, threads_within, work
 
 __all__ = ["RayCluster"]
+
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class RayTasks:
         self._running: dict[futures.Future[str | None], tuple[Task, Any]] = {}
         self._connection = contextlib.ExitStack()
         self._ray: ModuleType
+        self._pulse: Pulse
         self._remote: Any
         self._gpus: str | None = None
 
@@ -88,6 +91,7 @@ class RayTasks:
             nodes, num_gpus = enough_room(self._ray, cluster.address, cluster.num_cpus, cluster.num_gpus)
             if cluster.address is not None:
                 refuse_unshared(self._ray, cluster.address, nodes, self._folder, self._place, cluster.same)
+            self._pulse = Pulse(self._ray)
             self._gpus = None if num_gpus else ""
             # Ray's retries would find what the first attempt left; a second call, the state that a training left.
             options = {"num_cpus": cluster.num_cpus, "num_gpus": num_gpus, "max_retries": 0, "max_calls": 1}
@@ -118,13 +122,23 @@ class RayTasks:
         self._running[ref.future()] = (task, ref)
 
     def wait(self) -> Sequence[Ended]:
-        """Wait for a task to end."""
+        """Wait for a task to end.
+
+        Raises:
+            LightningSoupError: The cluster is gone.
+            UnsupportedSetup: A node does not see the folder of its task.
+        """
+        errors = self._ray.exceptions
         try:
-            done = futures.wait(self._running, return_when=futures.FIRST_COMPLETED).done
+            while not (
+                done := futures.wait(self._running, _SECONDS_BETWEEN_LOOKS, return_when=futures.FIRST_COMPLETED).done
+            ):
+                self._pulse.feel()
             return [self._ended(future) for future in done]
-        except (ConnectionError, self._ray.exceptions.RaySystemError) as error:
+        except (ConnectionError, errors.RaySystemError, errors.LocalRayletDiedError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise LightningSoupError(
-                f"the connection to the Ray cluster was lost: {error}. Finished runs are kept; give the command again."
+                f"the connection to the Ray cluster was lost: {reason}. Finished runs are kept; give the command again."
             ) from error
 
     def _ended(self, future: "futures.Future[str | None]") -> Ended:
@@ -133,14 +147,17 @@ class RayTasks:
         try:
             if blind := future.result():
                 folder = task.folder.resolve()
-                raise UnsupportedSetup(f"{blind}: this node of the Ray cluster does not see {folder}. {NOT_SHARED}")
+                raise UnsupportedSetup(
+                    f"{blind}: this node of the Ray cluster does not see {folder} as this machine made it. "
+                    f"{NOT_SHARED} If another sweep trains the same runs, let that end first."
+                )
         except errors.RayTaskError as error:
-            ended = Ended(task, f"ended by {str(error).strip().splitlines()[-1]}", died=False)
+            ended = Ended(task, f"ended by {str(error).strip().splitlines()[-1].rstrip('.')}", died=False)
         except errors.OutOfMemoryError:
             ended = Ended(
                 task, "was ended by Ray, whose node ran out of memory (a larger num_cpus trains fewer at a time)"
             )
-        except errors.RaySystemError:
+        except (errors.RaySystemError, errors.LocalRayletDiedError):  # all further tasks would end so, too
             raise
         except errors.RayError as error:
             ended = Ended(task, f"died before it finished ({_first_sentence(error)})")

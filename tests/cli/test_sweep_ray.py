@@ -142,6 +142,32 @@ def test_stopping_the_command(command, tmp_path, stop):
     assert [path.name[:3] for path in (tmp_path / "runs" / "sweep").iterdir()] == ["000"]
 
 
+def test_a_cluster_that_vanishes(command, tmp_path):
+    """Ray would end the command itself, with half-written runs left behind."""
+    command(rates=[0.01])
+    write_yaml(tmp_path / "sweep.yaml", {"method": "grid", "parameters": {"model.lr": {"values": [0.01, 7.0]}}})
+    (tmp_path / "starts").unlink()
+    soon = "from lightning_soup.runs import ray_cluster; ray_cluster._SECONDS_OF_SILENCE = 3.0; "
+    process = subprocess.Popen(
+        [sys.executable, "-c", soon + MAIN, "sweep", "base.yaml", "sweep.yaml", "--engine=ray"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    wait_for(lambda: (tmp_path / "starts").exists())
+    (head,) = (pid for pid in children(process.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == "gcs_server")
+    os.kill(head, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert b"the connection to the Ray cluster was lost: its head node at" in errors
+    wait_for(lambda: not any(is_running(pid) for _, pid in starts()))
+    assert [path.name[:3] for path in (tmp_path / "runs" / "sweep").iterdir()] == ["000"]
+
+
+def children(pid):
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
 def test_a_cluster_that_exists(command, tmp_path, monkeypatch):
     """It is found, its nodes are looked at first, and it is left running."""
     from ray.cluster_utils import Cluster

@@ -7,12 +7,19 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_soup.errors import MissingExtra, UnsupportedSetup
-from lightning_soup.runs.ray_cluster import connected, enough_room, is_address
+from lightning_soup.runs import ray_cluster
+from lightning_soup.runs.ray_cluster import Pulse, connected, enough_room, is_address
 from lightning_soup.runs.sweep_ray import RayCluster
+
+
+class RayError(Exception):
+    """In place of `ray.exceptions.RayError`."""
 
 
 class FakeRay(SimpleNamespace):
     """What `connected` needs of Ray: it takes over SIGTERM, as the real one does."""
+
+    exceptions = SimpleNamespace(RayError=RayError)
 
     def __init__(self, error=None, running=False):
         super().__init__(calls=[], error=error, running=running)
@@ -138,6 +145,14 @@ def test_what_ray_says_of_a_cluster_that_does_not_fit(use):
         pass
 
 
+def test_a_cluster_whose_token_is_missing(use):
+    ray = use(FakeRay(RayError("Token authentication is enabled but no authentication token was found.")))
+    expected = r"address is 'auto'.*no authentication token was found\. Expected auto.*RAY_AUTH_MODE=token"
+    with pytest.raises(UnsupportedSetup, match=expected), connected("auto"):
+        pass
+    assert ray.calls[1:] == ["shutdown"]
+
+
 def test_ray_that_the_program_uses_already_is_left_alone(use):
     ray = use(FakeRay(running=True))
     with pytest.raises(UnsupportedSetup, match=r"Call ray.shutdown\(\) first"), connected(None):
@@ -169,3 +184,31 @@ def test_a_cluster_without_enough_room():
     )
     with pytest.raises(UnsupportedSetup, match="expected what this machine has: small with 8 and 0"):
         enough_room(cluster(small), None, 9, None)
+
+
+def connection(address, client=False):
+    return SimpleNamespace(
+        util=SimpleNamespace(client=SimpleNamespace(ray=SimpleNamespace(is_connected=lambda: client))),
+        get_runtime_context=lambda: SimpleNamespace(gcs_address=address),
+    )
+
+
+def test_a_head_node_that_is_silent_for_long_is_gone(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ray_cluster, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with socket.socket() as bound:  # bound and not listening: refused
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        pulse = Pulse(connection(address))
+        for clock.now in (0.0, 29.0):
+            pulse.feel()
+        clock.now = 31.0
+        with pytest.raises(
+            ConnectionError, match=rf"head node at {address} has not answered for 30 seconds \(Connection refused\)"
+        ):
+            pulse.feel()
+        Pulse(connection(address, client=True)).feel()
+        bound.listen()
+        pulse.feel()  # it is back
+    clock.now = 99.0
+    pulse.feel()  # and has just gone again
