@@ -105,7 +105,8 @@ class RayTasks:
             left = set(self._running)
             for force in (False, True):
                 for future in left:
-                    self._ray.cancel(self._running[future][1], force=force)
+                    if self._ray.is_initialized():  # where ray:// has lost its cluster, Ray would start another here
+                        self._ray.cancel(self._running[future][1], force=force)
                 left = futures.wait(left, timeout=sweep_workers.SECONDS_TO_STOP).not_done
         if self._running:
             time.sleep(1)  # a task that is ended by force counts as ended before its process is gone

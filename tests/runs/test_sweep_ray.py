@@ -80,3 +80,20 @@ def test_a_node_without_the_folder_of_a_task(tasks):
         tasks.wait()
     assert str(error.value).startswith(f"node7: this node of the Ray cluster does not see {tasks.task.folder} as this")
     assert str(error.value).endswith("If another sweep trains the same runs, let that end first.")
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_lost_connection_is_not_made_anew_to_cancel_what_was_running(tasks, monkeypatch, connected):
+    cancelled = []
+
+    def cancel(ref, force):
+        cancelled.append(force)
+        if force:
+            tasks.future.set_result(None)
+
+    monkeypatch.setattr("lightning_soup.runs.sweep_workers.SECONDS_TO_STOP", 0.0)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    tasks._ray.is_initialized, tasks._ray.cancel = lambda: connected, cancel
+    tasks.__exit__()
+    assert cancelled == ([False, True] if connected else [])
+    assert not tasks._running
