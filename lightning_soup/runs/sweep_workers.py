@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def train_apart(tasks: Sequence[Task], train: Train, folder: Path, engine: Engin
         train: Trains one task; picklable.
         folder: Where the folders of the tasks lie.
         engine: Makes the workers.
-        retries: How often a task whose worker died is tried again. An error that a training raised is its result.
+        retries: How often a task whose worker died is tried again, with a warning. An error that a training raised is
+            its result.
     """
     if not tasks:
         return
@@ -99,6 +101,10 @@ def train_apart(tasks: Sequence[Task], train: Train, folder: Path, engine: Engin
                     task, died = ended.task, _has_died(ended)
                     deaths[task.index] += died
                     if died and deaths[task.index] <= retries:
+                        warnings.warn(  # of this attempt nothing else is left
+                            f"{task.folder}: the process {ended.how}; retry {deaths[task.index]} of {retries}.",
+                            stacklevel=1,
+                        )
                         discard_unfinished(task)
                         waiting.append(running.pop(task.index))
                     else:

@@ -51,7 +51,9 @@ def test_an_engine_goes_on_where_another_stopped(tmp_path, train):
 
 def test_a_run_whose_process_died_is_tried_again_from_an_empty_folder(tmp_path, train):
     engine = Stack(dying={0: 2, 1: 3})
-    result = run_sweep(SETTINGS, train, tmp_path / "runs", engine=engine, retries=2)
+    with pytest.warns(UserWarning, match=r"00\d-.*: the process was lost; retry \d of 2\.") as told:
+        result = run_sweep(SETTINGS, train, tmp_path / "runs", engine=engine, retries=2)
+    assert [str(note.message).partition("; ")[2] for note in told] == ["retry 1 of 2.", "retry 2 of 2."] * 2
     assert [run.index for run in result.finished] == [0, 2]
     assert sorted(engine.ended) == [0, 0, 0, 1, 1, 1, 2]
     assert engine.found == [[]] * 7
@@ -77,7 +79,7 @@ def test_an_error_of_the_training_is_not_tried_again(tmp_path, train):
 
 def test_an_interruption_leaves_nothing_half_written(tmp_path, train):
     engine = Stack(dying={1: 1}, interrupted_after=2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="001-.*retry 1 of 1"):
         run_sweep(SETTINGS, train, tmp_path / "runs", engine=engine, retries=1)
     assert engine.ended == [1, 2]
     assert not engine.open
@@ -96,7 +98,8 @@ def test_a_number_of_retries_that_cannot_be(tmp_path, train):
 def test_processes_of_this_machine_are_tried_again_too(tmp_path):
     calls = tmp_path / "calls.jsonl"
     train = partial(training, calls=str(calls))
-    (failed,) = run_sweep([{"do": "die"}], train, tmp_path / "runs", jobs=2, retries=1).failed
+    with pytest.warns(UserWarning, match="000-.*: the process was killed by SIGKILL.*; retry 1 of 1"):
+        (failed,) = run_sweep([{"do": "die"}], train, tmp_path / "runs", jobs=2, retries=1).failed
     assert failed.error == (
         "The process was killed by SIGKILL before it finished (out of memory? try fewer jobs), after 1 that died "
         "before it; see log.txt."
