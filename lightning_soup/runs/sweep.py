@@ -174,8 +174,10 @@ def _here(tasks: Sequence[Task], train: Train) -> Iterator[Run]:
     """Train one after the other in this process."""
     for task in tasks:
         try:
-            empty_folder(task)
-            run = attempt(task, train)
+            run = finished_run(task)  # by another sweep, since this one began
+            if run is None:
+                empty_folder(task)
+                run = attempt(task, train)
         except BaseException:  # Ctrl-C, or a signal
             discard_unfinished(task)
             raise

@@ -94,10 +94,13 @@ def train_apart(tasks: Sequence[Task], train: Train, folder: Path, engine: Engin
             while waiting or running:
                 while waiting and workers.has_place():
                     task = waiting.popleft()
+                    if run := finished_run(task):  # by another sweep, since this one began
+                        yield run
+                        continue
                     running[task.index] = task  # first, so that an interruption in between removes the folder
                     empty_folder(task)
                     workers.start(task)
-                for ended in workers.wait():
+                for ended in workers.wait() if running else ():
                     task, died = ended.task, _has_died(ended)
                     deaths[task.index] += died
                     if died and deaths[task.index] <= retries:

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from functools import partial
 
 import pytest
@@ -86,6 +87,21 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, train):
     (finished,) = (tmp_path / "runs").iterdir()
     assert finished.name.startswith("002-")
     assert (finished / "run.json").exists()
+
+
+@pytest.mark.parametrize("engine", [None, Stack()])
+def test_a_run_that_another_sweep_has_finished_meanwhile_is_kept(tmp_path, train, engine):
+    last = run_sweep(SETTINGS, train, tmp_path / "other").runs[2]
+    (tmp_path / "calls.jsonl").unlink()
+
+    def beside_another(setting, folder, seed):
+        shutil.copytree(last.folder, folder.parent / last.folder.name, dirs_exist_ok=True)
+        return train(setting, folder, seed)
+
+    result = run_sweep(SETTINGS, beside_another, tmp_path / "runs", engine=engine)
+    assert sorted(start["seed"] for start in starts(tmp_path / "calls.jsonl")) == [0, 1]
+    assert len(result.finished) == 3
+    assert result.runs[2].checkpoint == tmp_path / "runs" / last.folder.name / "checkpoints" / "weights.ckpt"
 
 
 def test_a_number_of_retries_that_cannot_be(tmp_path, train):
