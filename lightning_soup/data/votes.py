@@ -76,7 +76,7 @@ class Votes:
             UnsupportedSetup: No votes, columns of unequal length, an empty cell, a label that is no class, classes that
                 are fewer than two or not distinct, or a duplicate.
         """
-        columns = [[_text(value) for value in column] for column in (tasks, workers, labels)]
+        columns = [[_text(value) for value in _plain(column)] for column in (tasks, workers, labels)]
         if len({len(column) for column in columns}) > 1:
             lengths = ", ".join(f"{len(column)} of {name}" for name, column in zip(COLUMNS, columns, strict=True))
             raise UnsupportedSetup(f"{place}: the columns are of unequal length ({lengths}). Give one row per vote.")
@@ -89,9 +89,9 @@ class Votes:
                     "is missing has no row at all."
                 )
         classes = sorted(set(columns[2])) if classes is None else [_text(name) for name in classes]
-        if len(classes) < 2 or len(set(classes)) < len(classes):
+        if len(classes) < 2 or len(set(classes)) < len(classes) or "" in classes:
             raise UnsupportedSetup(
-                f"{place}: the classes are {_names(classes)}; expected two or more different ones. Name them all, "
+                f"{place}: the classes are {_names(classes)}; expected two or more different names. Name them all, "
                 "also those that nobody has chosen."
             )
         known = {name: number for number, name in enumerate(classes)}
@@ -174,8 +174,8 @@ def read_votes(
     path = Path(source).expanduser()
     if not path.is_file():
         raise UnsupportedSetup(
-            f"{path}: there is no such file. Expected a table of votes, .csv, .tsv or .parquet, with the columns "
-            f"{', '.join(COLUMNS)}."
+            f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}. Expected a table of votes, one "
+            f"file, .csv, .tsv or .parquet, with the columns {', '.join(COLUMNS)}."
         )
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -189,13 +189,17 @@ def read_votes(
 def _csv_columns(path: Path, delimiter: str) -> list[list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte-order mark
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        # Strict: of a quotation mark that is never closed the rest of the table would become one cell.
+        lines = io.StringIO(text, newline="")
+        rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UnsupportedSetup(f"{path}: cannot be read as a table ({error}). Save it as CSV in UTF-8.") from error
+        raise UnsupportedSetup(
+            f"{path}: cannot be read as a table ({error}). Save it as CSV in UTF-8, with every quotation mark closed."
+        ) from error
     heading, *rows = rows or [[]]
     heading = [name.strip() for name in heading]
     _check_columns(heading, str(path))
-    while rows and not any(rows[-1]):  # empty lines at the end
+    while rows and not any(map(str.strip, rows[-1])):  # empty lines at the end
         rows.pop()
     if short := [number for number, row in enumerate(rows, 2) if len(row) != len(heading)]:
         raise UnsupportedSetup(
@@ -203,18 +207,18 @@ def _csv_columns(path: Path, delimiter: str) -> list[list[str]]:
             f"({len(short)} such rows). Give each row a cell for each column."
         )
     places = [heading.index(name) for name in COLUMNS]
-    return [[row[place].strip() for row in rows] for place in places]
+    return [[row[place] for row in rows] for place in places]
 
 
 def _parquet_columns(path: Path) -> list[list[Any]]:
     parquet = import_extra("pyarrow.parquet", "crowd")
     try:
-        file = parquet.ParquetFile(path)
+        with parquet.ParquetFile(path) as file:
+            found = file.schema_arrow.names
+            table = file.read(columns=[name for name in COLUMNS if name in found])
     except Exception as error:  # pyarrow's own kinds, which need pyarrow to be named
         raise UnsupportedSetup(f"{path}: cannot be read as Parquet ({error}). Save the table anew.") from error
-    with file:
-        _check_columns(file.schema_arrow.names, str(path))
-        table = file.read(columns=list(COLUMNS))
+    _check_columns(found, str(path))
     return [table.column(name).to_pylist() for name in COLUMNS]
 
 
@@ -225,13 +229,26 @@ def _check_columns(found: Iterable[str], place: str) -> None:
             f"{place}: has no column {' and no column '.join(missing)}; its columns are {_names(found)}. Expected "
             f"{', '.join(COLUMNS)}: rename them."
         )
+    if twice := [name for name in COLUMNS if found.count(name) > 1]:
+        raise UnsupportedSetup(
+            f"{place}: has more than one column {' and more than one column '.join(twice)}; its columns are "
+            f"{_names(found)}. Rename those that do not count."
+        )
+
+
+def _plain(column: Iterable[Any]) -> Iterable[Any]:
+    """The cells of an array, a tensor or a column of a data frame as plain values of Python."""
+    return column.tolist() if hasattr(column, "tolist") else column
 
 
 def _text(value: Any) -> str:
-    """A cell as text: numbers that a table reader has made floats are whole again, and NaN stands for an empty cell."""
+    """A cell as text without spaces around it: numbers that a table reader has made floats are whole again.
+
+    An empty cell may also be None, NaN, or pandas' NA, which is equal to nothing and unequal to nothing.
+    """
     if isinstance(value, str):
-        return value
-    if value is None or value != value:
+        return value.strip()
+    if value is None or type(value).__name__ == "NAType" or value != value:
         return ""
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         value = int(value)

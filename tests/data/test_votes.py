@@ -68,6 +68,52 @@ def test_parquet_and_data_frames(tmp_path):
         read_votes(tmp_path / "text.parquet")
 
 
+def test_columns_of_other_kinds():
+    pandas, torch = pytest.importorskip("pandas"), pytest.importorskip("torch")
+    frame = pandas.DataFrame(columns())
+    assert read_votes(frame.astype("category")).fingerprint == four_items().fingerprint
+    assert read_votes(frame.convert_dtypes()).fingerprint == four_items().fingerprint
+    frame["label"] = frame["label"].astype("Int64")
+    assert read_votes(frame).fingerprint == four_items().fingerprint
+    frame.loc[3, "label"] = pandas.NA  # which is neither equal to itself nor unequal
+    with pytest.raises(UnsupportedSetup, match=r"no label in row 3\. "):
+        read_votes(frame)
+    found = read_votes({**columns(), "label": torch.tensor([int(label) for _, _, label in ROWS])})
+    assert found.fingerprint == four_items().fingerprint
+    spaces = {name: [f" {value}\t" for value in column] for name, column in columns().items()}
+    assert read_votes(spaces).fingerprint == four_items().fingerprint
+    with pytest.raises(UnsupportedSetup, match=r"no worker in row 0"):
+        read_votes({"task": ["a"], "worker": [" "], "label": [0]})
+
+
+def test_parquet_of_other_kinds(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = {name: pyarrow.array(column).dictionary_encode() for name, column in columns().items()}
+    small = pyarrow.array([int(label) for _, _, label in ROWS], pyarrow.int8())
+    parquet.write_table(pyarrow.table(texts | {"label": small}), tmp_path / "votes.parquet")
+    assert read_votes(tmp_path / "votes.parquet").fingerprint == four_items().fingerprint
+    content = (tmp_path / "votes.parquet").read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(content[:10] + bytes(60) + content[70:])  # its heading is at the end
+    with pytest.raises(UnsupportedSetup, match=r"damaged.parquet: cannot be read as Parquet"):
+        read_votes(tmp_path / "damaged.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_arrays([*texts.values(), small], [*texts, "label"]), tmp_path / "twice.parquet"
+    )
+    with pytest.raises(UnsupportedSetup, match=r"twice.parquet: has more than one column label"):
+        read_votes(tmp_path / "twice.parquet")
+
+
+def test_quotation_marks(tmp_path):
+    path = tmp_path / "votes.csv"
+    path.write_text('task,worker,label\n"a,1.png", "w 1", 0\n"b ""2""",w2,"1"\n , , \n,,\n')
+    votes = read_votes(path)
+    assert (votes.items, votes.workers, votes.classes) == (("a,1.png", 'b "2"'), ("w 1", "w2"), ("0", "1"))
+    path.write_text('task,worker,label\na,w1,0\nb,w1,"1\nc,w1,0\nd,w1,1\n')  # the rest would be one label
+    with pytest.raises(UnsupportedSetup, match=r"votes\.csv: cannot be read .* every quotation mark closed"):
+        read_votes(path)
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "votes.parquet").touch()
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
@@ -138,6 +184,13 @@ def test_files_that_cannot_be(tmp_path):
         read_votes(tmp_path / "bytes.csv")
     with pytest.raises(UnsupportedSetup, match=r"has no column label; its columns are task, worker, answer"):
         read_votes(write(tmp_path / "other.csv", ROWS, ("task", "worker", "answer")))
+    with pytest.raises(
+        UnsupportedSetup, match=r"more than one column label; its columns are task, worker, label, label"
+    ):
+        read_votes(write(tmp_path / "two.csv", [("a", "b", 0, 1)], ("task", "worker", "label", "label")))
+    (tmp_path / "parts.parquet").mkdir()
+    with pytest.raises(UnsupportedSetup, match=r"parts\.parquet: is a folder"):
+        read_votes(tmp_path / "parts.parquet")
 
 
 def test_what_else_cannot_be():
@@ -149,5 +202,7 @@ def test_what_else_cannot_be():
         read_votes({"task": [1], "worker": [1], "label": ["x"]})
     with pytest.raises(UnsupportedSetup, match="the classes are x, y, x"):
         read_votes({"task": [1], "worker": [1], "label": ["x"]}, ["x", "y", "x"])
+    with pytest.raises(UnsupportedSetup, match="expected two or more different names"):
+        read_votes({"task": [1], "worker": [1], "label": ["x"]}, ["x", None])
     with pytest.raises(UnsupportedSetup, match="no worker in row 1"):
         read_votes({"task": [1, 2], "worker": [1, float("nan")], "label": [0, 1]})
