@@ -55,7 +55,7 @@ def soft_labels(
             labels of several methods.
         methods: Which ones an aggregate is made of; by default all seven.
         weights: w_m, how much each of them counts, in the order of ``methods``; by default all alike. From labels that
-            experts gave, :func:`.nll_weights` finds some.
+            experts gave, :func:`.nll_weights` finds some: the values of what it returns.
 
     Returns:
         Rows that sum to 1, float64 [N, C], in the order of ``votes.items`` and ``votes.classes``.
@@ -119,7 +119,7 @@ def check_method(method: str, methods: Sequence[str] | None, weights: Sequence[f
     Raises:
         UnsupportedSetup: It could not.
     """
-    if method not in METHODS and method not in AGGREGATES and method != "majority":
+    if not isinstance(method, str) or method not in {*METHODS, *AGGREGATES, "majority"}:
         known = ", ".join([*METHODS, "majority", *AGGREGATES])
         raise UnsupportedSetup(f"method={method!r}: expected one of {known}.")
     if method not in AGGREGATES and (methods is not None or weights is not None):
@@ -134,7 +134,10 @@ def check_method(method: str, methods: Sequence[str] | None, weights: Sequence[f
 
 def _shares(weights: Sequence[float] | None, count: int) -> np.ndarray:
     """w_m, with sum 1, [M]."""
-    shares = np.ones(count) if weights is None else np.asarray(weights, float)
+    try:
+        shares = np.ones(count) if weights is None else np.asarray(weights, float)
+    except (TypeError, ValueError):
+        shares = np.empty(0)
     if shares.shape != (count,) or not np.isfinite(shares).all() or (shares < 0).any() or not shares.sum() > 0:
         raise UnsupportedSetup(f"weights={weights}: expected {count} numbers of 0 or more, one per method, not all 0.")
     return shares / shares.sum()

@@ -32,7 +32,8 @@ class SimulatedCrowd:
         seed: Decides the workers and all their answers.
 
     Raises:
-        UnsupportedSetup: No workers, more votes on an item than workers, or a value out of range.
+        UnsupportedSetup: No workers, more votes on an item than workers, a value out of range, or a class that is taken
+            for itself.
     """
 
     good: int = 15
@@ -55,6 +56,11 @@ class SimulatedCrowd:
             raise UnsupportedSetup(
                 f"difficulty={self.difficulty}, look_alike_share={self.look_alike_share}: expected a number of 0 or "
                 "more, and a share between 0 and 1."
+            )
+        if same := [name for name, other in self.look_alike.items() if name == other]:
+            raise UnsupportedSetup(
+                f"look_alike: {', '.join(same)} would be taken for itself, which is no wrong answer. Name another "
+                "class, or leave it out."
             )
 
     def votes(self, labels: Sequence[int] | np.ndarray, classes: Sequence[str], items: Sequence[str]) -> Votes:

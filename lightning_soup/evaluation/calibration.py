@@ -176,7 +176,8 @@ def label_quality(labels: np.ndarray, experts: Sequence[int] | np.ndarray, smoot
         smoothing: ε of p ← (1 − ε)·p + ε/C, before the log-likelihood: labels have zeros.
 
     Raises:
-        LightningSoupError: Shapes that do not fit, experts' labels that are no classes, or smoothing outside (0, 1].
+        LightningSoupError: Shapes that do not fit, rows that are no distributions, experts' labels that are no classes,
+            or smoothing outside (0, 1].
     """
     p, y = np.asarray(labels, float), np.asarray(experts)
     if p.ndim != 2 or y.shape != p.shape[:1] or not len(y):
@@ -188,6 +189,8 @@ def label_quality(labels: np.ndarray, experts: Sequence[int] | np.ndarray, smoot
         raise LightningSoupError(f"Experts' labels are not all class numbers: expected 0 to {p.shape[1] - 1}.")
     if not 0 < smoothing <= 1:
         raise LightningSoupError(f"smoothing={smoothing}: expected a number in (0, 1]; the paper has 0.01.")
+    if not ((p >= 0).all() and np.allclose(p.sum(1), 1, atol=1e-6)):
+        raise LightningSoupError("Labels are not all distributions: expected rows of 0 or more with sum 1.")
     of_expert = p[np.arange(len(y)), y]
     nll = -np.log((1 - smoothing) * of_expert + smoothing / p.shape[1]).mean()
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1).mean()
@@ -205,7 +208,7 @@ def nll_weights(
         smoothing: As for :func:`label_quality`.
 
     Returns:
-        What ``soft_labels(weights=…)`` takes, by method, in the order of ``labels``.
+        Weights by method, in the order of ``labels``; ``soft_labels(weights=…)`` takes ``list(found.values())``.
 
     Raises:
         LightningSoupError: No methods, or as :func:`label_quality`.

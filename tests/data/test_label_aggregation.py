@@ -173,6 +173,10 @@ def test_a_table_is_taken_too(tmp_path):
             "expected 2 numbers of 0 or more, one per method, not all 0",
         ),
         ({"weights": [1] * 6 + [-1]}, "expected 7 numbers"),
+        ({"weights": [1] * 6 + [float("nan")]}, "expected 7 numbers"),
+        ({"weights": dict.fromkeys(METHODS, 1.0)}, "expected 7 numbers"),
+        ({"weights": ["much"] * 7}, "expected 7 numbers"),
+        ({"method": ["wawa"]}, r"method=\['wawa'\]: expected one of"),
     ],
 )
 def test_choices_that_cannot_be(options, message):

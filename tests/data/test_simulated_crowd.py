@@ -59,6 +59,7 @@ def test_the_seed_decides():
         ({"votes_per_item": 0}, "votes_per_item=0"),
         ({"difficulty": -1.0}, "difficulty=-1.0"),
         ({"look_alike_share": 1.5}, "look_alike_share=1.5"),
+        ({"look_alike": {"4": "9", "7": "7"}}, "look_alike: 7 would be taken for itself"),
     ],
 )
 def test_crowds_that_cannot_be(options, message):

@@ -152,3 +152,9 @@ def test_weights_go_with_one_over_nll():
 def test_labels_that_cannot_be_judged(experts, smoothing, message):
     with pytest.raises(LightningSoupError, match=message):
         label_quality(LABELS, experts, smoothing)
+
+
+@pytest.mark.parametrize("labels", [2 * LABELS, LABELS - 0.1, np.full((3, 3), np.nan)])
+def test_logits_are_no_labels(labels):
+    with pytest.raises(LightningSoupError, match="not all distributions"):
+        label_quality(labels, [0, 1, 2])
