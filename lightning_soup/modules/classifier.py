@@ -167,6 +167,12 @@ class ImageClassifier(ClassificationModule):
                 f"Set num_classes={classes}."
             )
         if stage == "fit":
+            fewer = isinstance(classes, int) and classes < self.hparams.num_classes
+            if fewer and self.hparams.targets == "soft":
+                raise UnsupportedSetup(
+                    f"The rows of the data have {classes} classes, the head of the model {self.hparams.num_classes}: "
+                    f"soft targets need as many. Set num_classes={classes}."
+                )
             self.class_weights = agreed_weights(
                 self.hparams.targets, self.hparams.class_weights, self.trainer.datamodule
             )

@@ -168,6 +168,12 @@ def test_a_classifier_of_class_numbers_refuses_them_before_it_begins(tmp_path):
         fit(Crowd(tmp_path), seeded(TINY))
 
 
+def test_a_head_with_more_classes_than_the_rows_is_refused_before_it_begins(tmp_path):
+    with pytest.raises(UnsupportedSetup, match=r"rows of the data have 3 classes, .* model 5: .* Set num_classes=3"):
+        fit(Crowd(tmp_path), seeded({**SOFT, "num_classes": 5}))
+    fit(NamedShapes(), seeded({**TINY, "num_classes": 5}), max_epochs=1)  # class numbers may be fewer
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
