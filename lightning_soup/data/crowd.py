@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,8 +44,8 @@ class CrowdDataModule(LightningDataModule):
 
     Args:
         items: The data module that has the items, the classes, and the other sets.
-        votes: The table of votes, ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``task``, ``worker`` and
-            ``label``; or a :class:`.SimulatedCrowd`, which votes on the training items by their true labels.
+        votes: The file of the table of votes, ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``task``, ``worker``
+            and ``label``; or a :class:`.SimulatedCrowd`, which votes on the training items by their true labels.
         method: How votes become labels: ``mean`` of the seven methods is the paper's result; see :func:`.soft_labels`.
         methods: Of which methods an aggregate is made; by default of all seven.
         weights: How much each of these counts; by default all alike.
@@ -69,7 +70,8 @@ class CrowdDataModule(LightningDataModule):
     def __init__(
         self,
         items: LightningDataModule,
-        votes: str | SimulatedCrowd,
+        # Path keeps jsonargparse from reading the table as a config of a SimulatedCrowd, which comes first to be saved.
+        votes: SimulatedCrowd | str | Path,
         method: Method | Aggregate | Literal["majority"] = "mean",
         methods: list[Method] | None = None,
         weights: list[float] | None = None,
@@ -81,6 +83,11 @@ class CrowdDataModule(LightningDataModule):
         cache: str | None = None,
     ):
         super().__init__()
+        if not isinstance(items, LightningDataModule) or not isinstance(votes, (SimulatedCrowd, str, Path)):
+            raise UnsupportedSetup(
+                f"items is a {type(items).__name__}, votes a {type(votes).__name__}: expected a LightningDataModule, "
+                "and the name of a file or a SimulatedCrowd. Save a table that is in memory: every process reads it."
+            )
         check_method(method, methods, weights)
         if unvoted not in ("error", "drop") or duplicates not in ("error", "keep"):
             raise UnsupportedSetup(
@@ -91,10 +98,14 @@ class CrowdDataModule(LightningDataModule):
         if isinstance(votes, SimulatedCrowd) and images is not None:
             raise UnsupportedSetup("A SimulatedCrowd votes by true labels, which a folder of images has none of.")
         self.items, self.votes, self.images = items, votes, images
-        self.method, self.methods, self.weights = method, methods, weights
+        self.method, self.methods = method, methods
+        self.weights = None if weights is None else [float(weight) for weight in weights]
         self.unvoted, self.duplicates = unvoted, duplicates
         self.val_fraction, self.seed, self.cache = val_fraction, seed, cache
         self._train: SoftTargets | None = None
+        for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            if is_overridden(hook, items):  # else the module's own would no longer be asked
+                setattr(self, hook, getattr(items, hook))
 
     # ------------------------------------------------------------------------------------------- what `items` knows
 
@@ -186,19 +197,24 @@ class CrowdDataModule(LightningDataModule):
         """Set up ``items``, and give its training items their labels, once."""
         self.items.trainer = self.trainer
         self.items.setup(stage)
-        if stage in (None, "fit") or (stage == "validate" and self.val_fraction):
+        if stage in (None, "fit"):
+            self._label()
+        elif stage == "validate" and self.val_fraction:
             self._require()
 
     def _require(self) -> None:
-        if self._train is not None:
-            return
-        if self.images is None:
+        if self._train is None:
             self.items.setup("fit")
-            loader = self.items.train_dataloader()
-            self._options, dataset = loader_options(loader), loader.dataset
-        else:
-            dataset = flat_images(self.images, self.items)
-            self._options = {"batch_size": self.items.batch_size, "num_workers": self.items.num_workers}
+            self._label()
+
+    def _label(self) -> None:
+        """Give the training items, which are set up, their labels, unless they are those that have them already."""
+        loader = self.items.train_dataloader()
+        self._options = loader_options(loader)
+        if self._train is not None and loader.dataset is self._labelled:
+            return
+        self._labelled = loader.dataset
+        dataset = loader.dataset if self.images is None else flat_images(self.images, self.items)
         names = item_names(dataset)
         votes, labels = self._voted(dataset, names)
         row = {name: number for number, name in enumerate(votes.items)}
@@ -214,7 +230,7 @@ class CrowdDataModule(LightningDataModule):
 
     def _check(self, votes: Votes, names: Sequence[str], known: Sequence[str]) -> None:
         """Refuse votes on what is no item, and items without votes."""
-        place = self.votes if isinstance(self.votes, str) else "The simulated votes"
+        place = "The simulated votes" if isinstance(self.votes, SimulatedCrowd) else self.votes
         where = self.images or f"the items of {type(self.items).__name__}"
         items, voted = set(known), set(votes.items)
         if strangers := [name for name in votes.items if name not in items]:
@@ -237,7 +253,9 @@ class CrowdDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The validation set of ``items``, or with ``val_fraction`` items of the crowd and their probability rows."""
-        return DataLoader(self._val, **self._options) if self.val_fraction else self.items.val_dataloader()
+        if not self.val_fraction:
+            return self.items.val_dataloader()
+        return DataLoader(self._val, **self._options | {"drop_last": False})
 
     def third_dataloader(self) -> Any:
         """The third split of ``items``, or no loader at all."""
@@ -254,6 +272,14 @@ class CrowdDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Let ``items`` clean up."""
         self.items.teardown(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of ``items``."""
+        return self.items.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let ``items`` go on from it."""
+        self.items.load_state_dict(state_dict)
 
 
 def _shown(names: Sequence[str], most: int = 3) -> str:

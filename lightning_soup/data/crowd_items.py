@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler, Subset
 from torchvision.datasets import DatasetFolder
 
 from lightning_soup.data.handwriting import InMemoryImages
@@ -100,17 +100,29 @@ def loader_options(loader: Any) -> dict[str, Any]:
     """How a training loader makes batches.
 
     Raises:
-        UnsupportedSetup: It is no DataLoader over a set with a length, with batches of one size.
+        UnsupportedSetup: It is no DataLoader over a set with a length, with batches of one size, or it has a sampler of
+            its own.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None or not hasattr(loader.dataset, "__len__"):
         raise UnsupportedSetup(
             "The items of a crowd come from one DataLoader over a set with a length, with a batch_size; the training "
             f"data is a {type(loader).__name__} that is not so. Let train_dataloader() return one."
         )
+    if not isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        raise UnsupportedSetup(
+            f"The training data of the items is drawn by a {type(loader.sampler).__name__}, which does not know those "
+            "that have votes. Leave it out: they are shuffled. Classes count alike with the model's class_weights: "
+            "balanced."
+        )
     return {
         "batch_size": loader.batch_size,
+        "drop_last": loader.drop_last,
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
     }

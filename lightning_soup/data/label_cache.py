@@ -38,12 +38,13 @@ class LabelCache:
             labels = load_file(self.path)["labels"]
         except (OSError, KeyError, SafetensorError):
             return None
-        return labels if labels.shape == self.shape and labels.dtype == np.float64 else None
+        fits = labels.shape == self.shape and labels.dtype == np.float64
+        return labels if fits and np.allclose(labels.sum(1), 1, atol=1e-6) else None
 
     def write(self, labels: np.ndarray) -> None:
         """Keep labels. Where that cannot be, warn: every process then makes them itself."""
         try:
-            with atomic_path(self.path) as temporary:
+            with atomic_path(self.path, size=labels.nbytes) as temporary:
                 save_file({"labels": np.ascontiguousarray(labels)}, temporary)
-        except UnwritableOutput as error:
+        except (UnwritableOutput, SafetensorError) as error:  # safetensors' own, of a disk that becomes full
             warnings.warn(f"Soft labels are not kept, and made anew by every process: {error}", stacklevel=3)

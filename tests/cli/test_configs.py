@@ -54,6 +54,24 @@ def test_config_is_taken(name, capsys):
         assert printed.index("GreedySoup") < printed.index("LearnedSoup")
 
 
+def test_votes_are_a_file_or_a_simulated_crowd(tmp_path, capsys):
+    """The file is there: jsonargparse would read it as a config; and what is saved can be read again."""
+    (tmp_path / "votes.csv").write_text("task,worker,label\n0,a,1\n")
+    config = str(CONFIGS / "crowd_digits.yaml")
+
+    def printed(*options):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", config, *options, "--print_config"])
+        assert stop.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["votes"]
+
+    assert printed("--data.votes", str(tmp_path / "votes.csv")) == str(tmp_path / "votes.csv")
+    crowd = printed("--data.votes.good", "16")
+    assert (crowd["good"], crowd["poor"]) == (16, 7)
+    again = printed("--data.votes", yaml.safe_dump(crowd, default_flow_style=True))
+    assert again.get("init_args", again) == crowd
+
+
 def test_sweep_file_is_taken():
     settings = read_sweep_file(CONFIGS / "model_soups_sweep.yaml").settings(seed=0)
     assert len(settings) == 12

@@ -2,12 +2,15 @@
 
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_soup.data import (
     CrowdDataModule,
@@ -21,6 +24,7 @@ from lightning_soup.data.crowd_items import SoftTargets, item_names
 from lightning_soup.errors import UnsupportedSetup
 from tests.helpers.images import write_folders
 from tests.helpers.loaders import read
+from tests.helpers.trainers import quiet_trainer
 
 CLASSES = ("0", "1", "2")
 
@@ -179,7 +183,107 @@ def test_a_folder_that_cannot_be_written(table, tmp_path):
     assert torch.equal(data.labels, ready(Points(), table).labels)
 
 
+def test_labels_that_are_none_are_made_again(table, tmp_path):
+    first = ready(Points(), table).labels
+    (kept,) = (tmp_path / ".soft_labels").iterdir()
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-8] + np.float64(0.9).tobytes())  # a file of safetensors all the same
+    assert torch.equal(ready(Points(), table).labels, first)
+    assert kept.read_bytes() == content
+
+
+def test_a_disk_that_becomes_full(table, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("lightning_soup.data.label_cache.save_file", full)
+    with pytest.warns(UserWarning, match="Soft labels are not kept, and made anew by every process: No space left"):
+        assert len(ready(Points(), table).labels) == 12
+
+
 # --------------------------------------------------------------------------------------------------------------- items
+
+
+class Splits(Points):
+    """Splits anew whenever it is set up, and changes batches on the device."""
+
+    def setup(self, stage=None):
+        self.parts = torch.randperm(12).split([8, 4])
+        self.times = getattr(self, "times", 0) + 1
+
+    def loader(self, part, **options):
+        points = TensorDataset(torch.arange(12.0)[:, None], torch.arange(12) % 3)
+        return DataLoader(Subset(points, self.parts[part].tolist()), 3, **options)
+
+    def train_dataloader(self):
+        return self.loader(0, shuffle=True, drop_last=True)
+
+    def val_dataloader(self):
+        return self.loader(1)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 100, batch[1]
+
+    def state_dict(self):
+        return {"parts": self.parts}
+
+    def load_state_dict(self, state):
+        self.parts = state["parts"]
+
+
+def test_items_that_are_split_at_random(table):
+    data = CrowdDataModule(Splits(), table)
+    for times in (1, 2):
+        data.setup("fit")
+        assert data.items.times == times
+        train, val = (set(data.items.parts[part].tolist()) for part in (0, 1))
+        assert {int(data._train.items[place][0]) for place in data._train.indices} == train
+        assert set(read(data.val_dataloader())[0].flatten().int().tolist()) == val
+        assert [len(batch[0]) for batch in data.train_dataloader()] == [3, 3]  # the last one is dropped
+    by_crowd = ready(Splits(), table, val_fraction=0.5)
+    assert [len(batch[0]) for batch in by_crowd.val_dataloader()] == [3, 1]
+
+
+def test_items_that_are_set_up_once_are_labelled_once(table, monkeypatch):
+    items = HandwritingDataModule(train_size=10, val_size=0)
+    data = CrowdDataModule(items, SimulatedCrowd(), method="standard")
+    data.setup("fit")
+    first = data.labels
+    data.setup("fit")
+    assert data.labels is first
+
+
+def test_what_items_do_on_the_device_and_keep(table, tmp_path):
+    class Means(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 3)
+
+        def training_step(self, batch, batch_idx):
+            assert batch[0].min() >= 100
+            return self.layer(batch[0]).mean()
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    data = CrowdDataModule(Splits(), table)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(Means(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert torch.equal(torch.load(tmp_path / "end.ckpt")["CrowdDataModule"]["parts"][0], data.items.parts[0])
+    again = CrowdDataModule(Splits(), table)
+    again.load_state_dict({"parts": data.items.parts})
+    assert again.items.parts is data.items.parts
+    assert not is_overridden("on_after_batch_transfer", CrowdDataModule(Points(), table))  # the module's own is asked
+
+
+def test_the_name_of_a_table_as_a_path(table):
+    data = ready(Points(), Path(table), methods=["wawa", "mace"], weights=np.ones(2))
+    assert torch.equal(data.labels, ready(Points(), table, methods=["wawa", "mace"]).labels)
+    with pytest.raises(UnsupportedSetup, match=r"votes\.csv: no votes on 2 of the 12"):
+        ready(Points(), Path(write(Path(table), two_each(range(10)))))
 
 
 def test_names_of_items():
@@ -325,6 +429,17 @@ def test_data_modules_that_cannot_be(table):
 
     with pytest.raises(UnsupportedSetup, match=r"one DataLoader over a set with a length, .* is a list"):
         ready(Streams(), table)
+
+    class Weighted(Points):
+        def train_dataloader(self):
+            return DataLoader(super().train_dataloader().dataset, 5, sampler=WeightedRandomSampler(torch.ones(12), 12))
+
+    with pytest.raises(UnsupportedSetup, match=r"drawn by a WeightedRandomSampler, which does not know"):
+        ready(Weighted(), table)
+    with pytest.raises(UnsupportedSetup, match=r"items is a Points, votes a dict: expected .* the name of a file"):
+        CrowdDataModule(Points(), {"task": []})
+    with pytest.raises(UnsupportedSetup, match=r"items is a list, votes a str: expected a LightningDataModule"):
+        CrowdDataModule([], table)
 
 
 def test_no_warnings_of_its_own(table):
