@@ -165,13 +165,19 @@ class CrowdDataModule(LightningDataModule):
         return [len(self.labels) / (self.num_classes * n) if n else 0.0 for n in counts.tolist()]
 
     def prepare_data(self) -> None:
-        """Let ``items`` prepare its data, then make the labels of the table and keep them."""
+        """Let ``items`` prepare its data, then make and keep the labels of the table, where they will be needed."""
         self.items.prepare_data()
-        if not isinstance(self.votes, SimulatedCrowd):
+        if self._needed() and not isinstance(self.votes, SimulatedCrowd):
             votes = read_votes(self.votes, self.class_names, self.duplicates)
             cache = self._cache(votes)
             if cache.read() is None:
                 cache.write(self._made(votes))
+
+    def _needed(self) -> bool:
+        """Whether labels are looked at: in a fit, and where validation is by them. A test goes without the table."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            return True
+        return self.val_fraction > 0 and self.trainer.state.fn not in ("test", "predict")
 
     def _cache(self, votes: Votes) -> LabelCache:
         folder = Path(self.votes).expanduser().parent / ".soft_labels" if self.cache is None else Path(self.cache)

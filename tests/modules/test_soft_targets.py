@@ -155,6 +155,19 @@ def test_validation_on_rows(tmp_path):
     assert len({len(row[row > 0.01]) for row in rows}) > 1  # some are soft
 
 
+def test_a_test_goes_without_the_table(tmp_path):
+    data, model = Crowd(tmp_path), seeded(SOFT)
+    (tmp_path / "votes.csv").unlink()
+    trainer = quiet_trainer(max_epochs=1)
+    assert trainer.test(model, datamodule=data, verbose=False)[0]["test_acc"] >= 0
+    assert trainer.validate(model, datamodule=data, verbose=False)[0]["val_acc"] >= 0
+    with pytest.raises(UnsupportedSetup, match=r"votes\.csv: there is no such file"):
+        trainer.fit(model, datamodule=data)
+    by_crowd = Crowd(tmp_path, val_fraction=0.25)
+    trainer.validate(model, datamodule=by_crowd, verbose=False)
+    assert (tmp_path / ".soft_labels").is_dir()  # kept for the next time
+
+
 def test_balanced_weights_are_those_of_the_data(tmp_path):
     data = Crowd(tmp_path)
     _, model = fit(data, seeded({**SOFT, "class_weights": "balanced"}), max_epochs=1)
