@@ -173,6 +173,12 @@ def test_mace_against_plain_loops():
         np.testing.assert_allclose(mace(votes, steps), slow_mace(votes, steps), atol=1e-10)
 
 
+def test_mace_takes_fifty_steps():
+    votes = random_votes(items=20, workers=6)
+    assert np.array_equal(mace(votes), mace(votes, 50))
+    assert not np.allclose(mace(votes), mace(votes, 49), atol=0, rtol=1e-9)
+
+
 def test_mace_does_not_listen_to_spammers():
     rows = [(f"{i:02d}", w, i % 3) for i in range(30) for w in range(2)]
     rows += [(f"{i:02d}", spammer, 0) for i in range(30) for spammer in "xy"]

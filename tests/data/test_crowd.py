@@ -393,6 +393,33 @@ def test_items_without_votes_can_be_left_out(tmp_path):
     data = ready(Points(), path, unvoted="drop")
     assert sorted(by_item(data.train_dataloader())) == list(range(3, 10))
 
+    path = write(tmp_path / "votes.csv", [(0, 1, 0)])
+    held_out = Points()
+    held_out.train_dataloader = lambda: DataLoader(Subset(Points().train_dataloader().dataset, range(1, 12)), 5)
+    with pytest.raises(UnsupportedSetup, match="no votes on 11 of the 11 items to train on"):
+        ready(held_out, path, unvoted="drop")
+
+
+def test_items_are_told_of_every_stage(table):
+    told = []
+
+    class Told(Points):
+        def prepare_data(self):
+            told.append("prepare")
+
+        def setup(self, stage):
+            told.append(f"{stage} {self.trainer}")
+
+        def teardown(self, stage):
+            told.append(f"end of {stage}")
+
+    data = CrowdDataModule(Told(), table)
+    data.prepare_data()
+    data.trainer = "trainer"  # any object: they are only told
+    data.setup("test")
+    data.teardown("test")
+    assert told == ["prepare", "test trainer", "end of test"]
+
 
 def test_duplicates_can_be_kept(tmp_path):
     path = write(tmp_path / "votes.csv", [*two_each(), (1, 1, 2)])

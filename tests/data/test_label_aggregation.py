@@ -80,6 +80,13 @@ def test_the_centroid_has_the_least_divergence():
             assert sum(share * js(moved, other) for share, other in zip(w, p[:, i], strict=True)) >= least - 1e-12
 
 
+def test_a_method_that_counts_for_nothing_changes_nothing():
+    for how in ("mean", "centroid", "conflation"):
+        found = aggregated([SHARP, SHARP, np.array([[0.0, 1.0, 0.0]])], how, [1, 1, 0])
+        wanted = SHARP if how != "conflation" else SHARP**3 / (SHARP**3).sum()  # a product of as many as there are
+        np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
 def test_temperatures_are_at_a_minimum():
     p = np.stack(list(method_labels(random_votes(), ["standard", "softmax", "glad"]).values()))
     T = agreed_temperatures(p)
@@ -89,6 +96,7 @@ def test_temperatures_are_at_a_minimum():
         pairs = [np.mean([js(a, b) for a, b in zip(q[m], q[n], strict=True)]) for m, n in combinations(range(3), 2)]
         return np.mean(pairs) + 1e-3 * (T**2).sum()
 
+    assert agreed_temperatures.__defaults__ == (1e-3, 1.5)
     least = objective(T)
     assert least < objective(np.full(3, 1.5)) - 1e-3
     for place in range(3):
@@ -174,6 +182,7 @@ def test_a_table_is_taken_too(tmp_path):
         ),
         ({"weights": [1] * 6 + [-1]}, "expected 7 numbers"),
         ({"weights": [1] * 6 + [float("nan")]}, "expected 7 numbers"),
+        ({"weights": [1] * 6 + [float("inf")]}, "expected 7 numbers"),
         ({"weights": dict.fromkeys(METHODS, 1.0)}, "expected 7 numbers"),
         ({"weights": ["much"] * 7}, "expected 7 numbers"),
         ({"method": ["wawa"]}, r"method=\['wawa'\]: expected one of"),
@@ -191,5 +200,7 @@ def test_labels_that_cannot_be_aggregated():
         aggregated([])
     with pytest.raises(UnsupportedSetup, match="not all distributions"):
         aggregated([UNIFORM, 2 * UNIFORM])
+    with pytest.raises(UnsupportedSetup, match="not all distributions"):
+        aggregated([UNIFORM, np.array([[1.5, -0.5, 0.0]])])
     with pytest.raises(UnsupportedSetup, match="Aggregate 'sum': expected one of mean"):
         aggregated([UNIFORM], "sum")

@@ -64,12 +64,19 @@ def test_against_plain_loops():
     np.testing.assert_allclose(standard(votes), slow_weighted(votes, ones), atol=1e-12)
     skills = slow_agreement(votes, slow_weighted(votes, ones))
     np.testing.assert_allclose(wawa(votes), slow_weighted(votes, skills), atol=1e-12)
-    a, lr = [1 / 4 + 1e-5] * len(votes.workers), 1.0
-    for step in range(1, 101):
-        lr = lr / 2 if step % 20 == 0 else lr
+
+
+@pytest.mark.parametrize(("steps", "lr", "halved_every"), [(100, 1.0, 20), (1, 0.3, 20), (7, 0.3, 3)])
+def test_zero_based_skill_against_plain_loops(steps, lr, halved_every):
+    """With η = 1 the skills are agreements at once, so that neither their start nor how η falls would be seen."""
+    votes = random_votes(items=25)
+    a, rate = [1 / 4 + 1e-5] * len(votes.workers), lr
+    for step in range(1, steps + 1):
+        rate = rate / 2 if step % halved_every == 0 else rate
         wanted = slow_agreement(votes, slow_weighted(votes, a))
-        a = [old + lr * (new - old) for old, new in zip(a, wanted, strict=True)]
-    np.testing.assert_allclose(zero_based_skill(votes), slow_weighted(votes, a), atol=1e-9)
+        a = [old + rate * (new - old) for old, new in zip(a, wanted, strict=True)]
+    np.testing.assert_allclose(zero_based_skill(votes, steps, lr, halved_every), slow_weighted(votes, a), atol=1e-9)
+    assert zero_based_skill.__defaults__ == (100, 1.0, 20)
 
 
 def test_ties_go_to_the_first_class_whatever_is_summed_first():
@@ -78,6 +85,7 @@ def test_ties_go_to_the_first_class_whatever_is_summed_first():
     labels = weighted_votes(votes, np.array([0.1, 0.2, 0.3]))
     assert labels[0, 1] != labels[0, 0]
     assert agreement(votes, labels).tolist() == [0, 0, 1]
+    assert agreement(votes, weighted_votes(votes, np.array([0.1, 0.2, 0.3 - 1e-6]))).tolist() == [1, 1, 0]
     assert majority(Votes.of(["a", "a"], [1, 2], [1, 2], [0, 1, 2])).tolist() == [[0, 1, 0]]
 
 

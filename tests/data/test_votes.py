@@ -38,6 +38,12 @@ def test_files_are_what_the_table_is(tmp_path, name, delimiter):
     assert read_votes(columns()).fingerprint == four_items().fingerprint
 
 
+def test_large_letters_and_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "VOTES.CSV", ROWS)
+    assert read_votes("~/VOTES.CSV").fingerprint == four_items().fingerprint
+
+
 def test_further_columns_spaces_empty_lines_and_a_mark_of_the_encoding(tmp_path):
     path = tmp_path / "votes.csv"
     lines = ["worker , time,label,task", *(f" {worker},9, {label},{task} " for task, worker, label in ROWS), "", ""]
@@ -148,7 +154,9 @@ def test_classes_are_numbered_as_they_are_listed_and_need_not_be_chosen():
 
 def test_duplicates_count_where_they_are_kept():
     rows = [*ROWS, ("a", "w1", "0"), ("a", "w1", "2")]
-    assert read_votes(columns(rows), duplicates="keep").counts[0].tolist() == [3, 1, 1]
+    votes = read_votes(columns(rows), duplicates="keep")
+    assert votes.counts[0].tolist() == [3, 1, 1]
+    assert read_votes(columns(rows[::-1]), duplicates="keep").fingerprint == votes.fingerprint
 
 
 @pytest.mark.parametrize(
