@@ -62,6 +62,15 @@ _ROOMS = {
         "paired_bootstrap",
         "smart_resize",
     ),
+    "lightning_soup.landscape": (
+        "Objective",
+        "bezier_connectivity",
+        "cka",
+        "hessian_top_eigenvalues",
+        "hessian_trace",
+        "loss_barrier",
+        "weight_statistics",
+    ),
     "lightning_soup.layers": ("convert_to_dense", "use_experts"),
     "lightning_soup.modules": (
         "AwareNet",
