@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,7 +29,8 @@ class _World:
 
     members: tuple[int, ...]
     group: Any = None  # all
-    met: int = 0  # keys of the store that meetings have used up
+    met: int = 0  # how often all have met
+    used: list[str] = field(default_factory=list)  # keys of the store that this rank takes away again
 
 
 _worlds: "WeakKeyDictionary[Any, _World]" = WeakKeyDictionary()  # by store
@@ -128,10 +129,10 @@ class Ranks:
         Raises:
             ReplicaLost: The store does not answer.
         """
+        keys = [f"{_KEY}/{key}/{'-'.join(map(str, ranks))}" for ranks in groups]
+        self._world.used += [one for one, ranks in zip(keys, groups, strict=True) if self.rank == min(ranks)]
         try:
-            meetings = [
-                Meeting(self._store, f"{_KEY}/{key}/{'-'.join(map(str, ranks))}", self.rank, ranks) for ranks in groups
-            ]
+            meetings = [Meeting(self._store, one, self.rank, ranks) for one, ranks in zip(keys, groups, strict=True)]
             deadline = time.monotonic() + patience
             return [meeting.wait(deadline, self.gone) for meeting in meetings]
         except RuntimeError as error:
@@ -146,7 +147,10 @@ class Ranks:
         if self.patience is None or self.alone:
             return
         self._world.met += 1
+        over, self._world.used = self._world.used, []
         found = tuple(self.meet(f"all/{self._world.met}", [self.members], self.timeout)[0])
+        for key in over:  # those that have come here have done with all earlier meetings
+            self._store.delete_key(key)
         if found == self.members:
             return
         if not found:

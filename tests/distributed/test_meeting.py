@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_soup.distributed.meeting import Meeting
+from lightning_soup.distributed.ranks import _KEY, Ranks, _World
 
 
 def together(store: dist.Store, members: list[int], delays: dict[int, float], patience: float) -> dict[int, list[int]]:
@@ -78,3 +79,29 @@ def test_the_store_of_a_process_group_works_alike() -> None:
         assert together(store, [0, 1], {0: 0.0, 1: 0.01}, 10.0) == {0: [0, 1], 1: [0, 1]}
 
     _through_tcp(work)
+
+
+def test_keys_of_meetings_that_are_over_are_taken_away() -> None:
+    store = dist.HashStore()
+    both = [Ranks(rank, 2, timeout=20, patience=5) for rank in range(2)]
+
+    def run(ranks: Ranks) -> None:
+        for number in range(3):
+            assert ranks.meet(f"pairs/{number}", [[0, 1]], 5) == [[0, 1]]
+        ranks.assemble()
+        ranks.meet("pairs/3", [[0, 1]], 5)
+        ranks.assemble()
+
+    for ranks in both:
+        ranks._store, ranks._world = store, _World((0, 1))
+    threads = [threading.Thread(target=run, args=(ranks,)) for ranks in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    left = [
+        key
+        for key in [*(f"pairs/{n}/0-1" for n in range(4)), "all/1/0-1", "all/2/0-1"]
+        if store.check([f"{_KEY}/{key}"])
+    ]
+    assert left == ["all/2/0-1"]
