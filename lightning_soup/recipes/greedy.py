@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from lightning_soup.errors import RecipeError
 from lightning_soup.evaluation.evaluator import Evaluator
 from lightning_soup.landscape.inspection import inspect_weights
 from lightning_soup.progress import Progress, silent
@@ -30,9 +31,12 @@ class GreedySoup(Recipe):
         strict: Keep a candidate only if it is better (``>``), as the released code does, instead of at least as good
             (``≥``), as the paper says. They differ when scores tie, which is common on small validation sets.
         common_start: ``"require"`` refuses networks from different random starts before anything is evaluated.
-        screen: Leave out, before anything is evaluated, what the weights alone show to be hopeless
-            (:func:`.inspect_weights`): other tensors, NaN, another start than most, far away from the others. Each of
-            them saves two evaluations; the notes of the soup name them.
+        screen: What the weights alone show to be hopeless (:func:`.inspect_weights`) is not evaluated. True: other
+            tensors, NaN, another start than most, far away from the others are left out, which saves two evaluations
+            for each; one of another start may have been the best single one, though. ``"trials"``: each is judged by
+            itself, and tried only in soups of its own start, which saves fewer evaluations, or more where the best
+            is a stranger; the soup is that of no screen, unless an average across starts would have been better. The
+            notes of the soup name them.
 
     Equal scores keep the order in which the ingredients were given (the released code reverses it).
 
@@ -41,7 +45,11 @@ class GreedySoup(Recipe):
 
     strict: bool = False
     common_start: CommonStart = "require"
-    screen: bool = False
+    screen: bool | Literal["trials"] = False
+
+    def __post_init__(self) -> None:
+        if self.screen not in (False, True, "trials"):
+            raise RecipeError(f"GreedySoup(screen={self.screen!r}): expected true, false or 'trials'.")
 
     needs_evaluator: ClassVar[bool] = True
 
@@ -53,8 +61,9 @@ class GreedySoup(Recipe):
     ) -> Soup:
         """Choose the subset to average; see :meth:`.Recipe.cook`."""
         evaluator = require_evaluator(self, evaluator)
-        ingredients, left_out = screened(ingredients, evaluator, progress) if self.screen else (ingredients, ())
-        found, notes = check_ingredients(ingredients, self.common_start, evaluator, not self._masks_known)
+        ingredients, left_out, kin = screened(self.screen, ingredients, evaluator, progress)
+        across = "ignore" if self.screen == "trials" else self.common_start
+        found, notes = check_ingredients(ingredients, across, evaluator, not self._masks_known)
         scores = [evaluator.score(item.weights) for item in progress(found, "scoring ingredients", len(found))]
         order = sorted(range(len(found)), key=lambda i: -scores[i])
         first = order[0]
@@ -65,7 +74,8 @@ class GreedySoup(Recipe):
             for name, value in combine([found[first].weights], [1.0]).items()
         }
         slot = evaluator.slot() or combine([found[first].weights], [1.0])
-        for i in progress(order[1:], "greedy soup", len(order) - 1):
+        tried = [i for i in order[1:] if kin[i] == kin[first]]
+        for i in progress(tried, "greedy soup", len(tried)):
             share = 1.0 / (len(kept) + 1)
             pair = [total, found[i].weights]
             candidate = combine(pair, [share, share], slot)
@@ -93,15 +103,30 @@ class GreedySoup(Recipe):
 
 
 def screened(
-    ingredients: Sequence[Ingredient | Source | WeightsFile], evaluator: Evaluator, progress: Progress = silent
-) -> tuple[list[Ingredient], tuple[str, ...]]:
-    """Ingredients without those that weights alone show to be hopeless, and a note on each that is left out."""
+    screen: bool | Literal["trials"],
+    ingredients: Sequence[Ingredient | Source | WeightsFile],
+    evaluator: Evaluator,
+    progress: Progress = silent,
+) -> tuple[Sequence[Any], tuple[str, ...], Sequence[int]]:
+    """Ingredients that are worth an evaluation.
+
+    Returns:
+        Those; notes on what is left out, or tried only among its like; and for each a number, the same for those that
+        can be in one soup.
+    """
+    if not screen or len(ingredients) < 2:
+        return ingredients, (), [0] * len(ingredients)
     found = [item.without(evaluator.ignored()) for item in as_ingredients(ingredients)]
-    if len(found) < 2:
-        return found, ()
     seen = inspect_weights([item.weights for item in found], labels=[item.name for item in found], progress=progress)
-    notes = tuple(f"left out unevaluated: {told}" for told in seen.verdict()[:-1]) if seen.hopeless else ()
-    return [item for i, item in enumerate(found) if i not in seen.hopeless], notes
+    told = seen.verdict()[:-1] if seen.hopeless else ()
+    if screen is True:
+        whole = [item for i, item in enumerate(found) if i not in seen.hopeless]
+        return whole, tuple(f"left out unevaluated: {why}" for why in told), [0] * len(whole)
+    kept = [i for i in range(len(found)) if i not in seen.incompatible and i not in seen.broken]
+    kin = {i: number for number, group in enumerate(seen.groups) for i in group}
+    kin |= {i: -1 - i for i in seen.far}  # alone
+    notes = tuple(f"tried only among its like, or left out: {why}" for why in told)
+    return [found[i] for i in kept], notes, [kin.get(i, 0) for i in kept]
 
 
 def _reason(values: dict[str, float], kept: bool, evaluator: Evaluator) -> str:

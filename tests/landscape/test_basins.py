@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_soup.errors import NonFiniteScore, UnsupportedSetup
+from lightning_soup.errors import NonFiniteScore, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation import Evaluator
 from lightning_soup.landscape.basins import find_basins
 from lightning_soup.recipes import GreedySoup, Ingredient
@@ -98,6 +98,34 @@ def test_screening_saves_evaluations_at_the_same_score():
     # Without "ignore" the other start would be refused; it is gone by then.
     third = GreedySoup(screen=True).cook(everyone, Nearness(start))
     assert third.score == first.score
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_a_screen_of_trials_makes_the_soup_of_no_screen(best):
+    starts = network(0), network(1)
+    good = [tuned(starts[0], i) for i in range(8)]
+    bad = [tuned(starts[1], 20), tuned(starts[1], 21), tuned(starts[0], 30, 0.5), tuned(starts[0], 31, 0.6)]
+    everyone = [Ingredient(row, label=f"{i}") for i, row in enumerate([*good[:4], *bad, *good[4:]])]
+    plain, screened = Nearness(starts[best]), Nearness(starts[best])
+    first = GreedySoup(common_start="ignore").cook(everyone, plain)
+    second = GreedySoup(screen="trials").cook(everyone, screened)
+    assert second.score == first.score
+    assert second.coefficients == first.coefficients
+    assert (plain.scored, screened.scored) == (23, 12 + (7 if best == 0 else 1))
+    notes = " ".join(second.notes)
+    assert "tried only among its like, or left out: 4 and 5 come from another start" in notes
+    assert "left out: 6 lies" in notes
+
+
+def test_a_screen_of_trials_leaves_out_what_is_broken():
+    rows = [tuned(network(0), i) for i in range(5)]
+    next(iter(rows[2].values())).view(-1)[0] = math.nan
+    everyone = [Ingredient(row, label=f"{i}") for i, row in enumerate(rows)]
+    soup = GreedySoup(screen="trials").cook(everyone, judge := Nearness(network(0)))
+    assert [item.name for item in soup.ingredients] == ["0", "1", "3", "4"]
+    assert judge.scored == 7
+    with pytest.raises(RecipeError, match="screen='some'"):
+        GreedySoup(screen="some")
 
 
 def test_a_screen_that_leaves_all():
