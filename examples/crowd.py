@@ -10,6 +10,7 @@ core, and six more for each of the first two. ``--write`` puts the tables into R
 """
 
 import argparse
+import logging
 import os
 import statistics
 import warnings
@@ -251,6 +252,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     quality = [labels(seed) for seed in range(options.seeds)]
     runs = [classifiers(PERCEPTRON, seed, model) for seed in range(options.seeds) for model in range(options.models)]

@@ -163,8 +163,8 @@ def main() -> None:
                 "\n".join(rows),
                 verdicts(claims),
                 "Where the score differs, the best single network is one of another start: a greedy soup of all begins "
-                "with it and then takes up nothing else. Weights cannot tell that it is good; a screen of the trials only "
-                "judges each network by itself.",
+                "with it and then takes up nothing else. Weights cannot tell that it is good; a screen of the trials "
+                "only judges each network by itself.",
                 "What it says in the first seed:",
                 "\n".join(f"> {line}" for line in runs[0]["words"]),
                 "![distances between the weights](inspect_distances.png)",
