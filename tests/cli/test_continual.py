@@ -122,6 +122,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
         assert result.matrix["columns"][name] == pytest.approx(100 * found["test_acc"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_goes_on_to_the_same_numbers(monkeypatch):
     whole = run("--folder=whole")
     Watched.trainings.clear()

@@ -88,8 +88,10 @@ ONE, TWO = [2.0, 0.0, 0.0], [0.0, 2.0, 0.0]
 
 @pytest.mark.parametrize(
     ("reference", "expected"),
-    [([ONE], (0.468310531, 0.468310531, 0.063378938)), ([ONE, TWO], (0.114195199, 0.843794734, 0.042010066))],
-    ids=["one", "soup"],
+    [
+        pytest.param([ONE], (0.468310531, 0.468310531, 0.063378938), id="one", marks=pytest.mark.slow),
+        pytest.param([ONE, TWO], (0.114195199, 0.843794734, 0.042010066), id="soup"),
+    ],
 )
 def test_a_bandit_ends_at_the_optimum_of_its_reference(reference, expected):
     found = bandit(reference, beta=0.5)

@@ -48,8 +48,8 @@ def test_everything(written):
     [
         (None, "there is no section continual"),
         ([1], "or it is no mapping"),
-        ({"task": TASKS}, r"no option 'task'. Did you mean tasks\?"),
-        ({"tasks": TASKS, "zzz": 1}, "no option 'zzz'. Known: tasks, orders"),
+        ({"task": TASKS}, r"no option 'task'. Did you mean 'tasks'\?"),
+        ({"tasks": TASKS, "zzz": 1}, "no option 'zzz'. Known: metric, order, orders, pretrain, tasks, wise_ft"),
         ({}, "continual.tasks is None; expected one task or more"),
         ({"tasks": ["birds"]}, r"continual.tasks is \['birds'\]"),
         ({"tasks": {"birds": "data"}}, "continual.tasks.birds is 'data'; expected options"),
