@@ -3,8 +3,8 @@
     python examples/phase_zoo.py
 
 MNIST pooled to 14×14 and standardised, 1,000 digits to train on and 1,000 to judge; perceptrons 196-w-w-10, SGD at a
-constant rate, three seeds of each of 16 cells. Everything is measured by ``lightning-soup zoo``: curvature, connectivity
-of the seeds, CKA, what averaging the last epochs and averaging the seeds gains. About ten minutes on one core.
+constant rate, three seeds of each of 16 cells. Everything is measured by ``lightning-soup zoo``: curvature, how the
+seeds are connected, CKA, what averaging the last epochs and averaging the seeds gains. About ten minutes on one core.
 ``--write`` puts the table into RESULTS.md and the pictures beside it.
 """
 
