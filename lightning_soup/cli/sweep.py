@@ -1,6 +1,5 @@
 """`lightning-soup sweep`: train one ingredient per setting of a W&B sweep file, then cook them if asked."""
 
-import contextlib
 import hashlib
 import os
 import re
@@ -107,24 +106,23 @@ def sweep(
         "progress": progress_lines if alone and trainer.enable_progress_bar is not False else rich_progress,
     }
     train, to = partial(train_setting, base=base, group=name), Path("runs", name) if folder is None else Path(folder)
-    with contextlib.ExitStack() as stack:
-        world = None
-        if engine == "replicas":
-            world = launched()
-            stack.enter_context(unlaunched())
-        with no_notices():
-            if world is None:
-                result = run_sweep(settings, train, to, jobs=jobs, engine=cluster, **options)
-            else:
-                result = run_on_ranks(world, settings, train, to, **options)
-        if world is None or world.rank == 0:
-            _print_table(result, metric, mode)
-            for run in result.failed:
-                print(f"failed: {run.folder} ({_text(run.setting)}): {run.error}", file=sys.stderr)
+
+    def tell_and_cook(result: SweepResult) -> None:
+        _print_table(result, metric, mode)
+        for run in result.failed:
+            print(f"failed: {run.folder} ({_text(run.setting)}): {run.error}", file=sys.stderr)
         if not result.finished:
             raise LightningSoupError(f"{result.folder}: none of the {len(result.runs)} runs finished.")
-        if cook is not None and (world is None or world.rank == 0):
+        if cook is not None:
             _cook(result, cook, base=base, group=name, metric=metric, mode=mode)
+
+    if engine == "replicas":
+        world = launched()
+        with unlaunched(), no_notices():
+            return run_on_ranks(world, settings, train, to, afterwards=tell_and_cook, **options)
+    with no_notices():
+        result = run_sweep(settings, train, to, jobs=jobs, engine=cluster, **options)
+    tell_and_cook(result)
     return result
 
 

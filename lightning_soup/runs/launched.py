@@ -49,6 +49,7 @@ def launched(timeout: float = 600.0) -> World:
         UnsupportedSetup: No launcher started this process.
         LightningSoupError: They do not come.
     """
+    global _meetings
     import torch.distributed as dist  # here, since most sweeps need none of it
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
@@ -70,20 +71,27 @@ def launched(timeout: float = 600.0) -> World:
     place = f"{found.main_address}:{found.main_port}"
     try:
         if dist.is_initialized():
-            store = dist.distributed_c10d._get_default_store()
+            shared = dist.distributed_c10d._get_default_store()
         else:
-            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+            if (place, rank, size) not in _stores:
+                met = dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout))
+                _stores[place, rank, size] = next(met)[0]
+            shared = _stores[place, rank, size]
+        _meetings += 1
+        store = dist.PrefixStore(f"lightning_soup/sweep/{_meetings}", shared)
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         raise LightningSoupError(
             f"rank {rank} of {size} does not meet the others at {place} ({str(error).splitlines()[0]}). Were all of "
             "them started, and does each machine see that address?"
         ) from error
-    global _meetings
-    _meetings += 1
-    return World(rank, size, found.local_rank(), share, dist.PrefixStore(f"lightning_soup/sweep/{_meetings}", store))
+    return World(rank, size, found.local_rank(), share, store)
 
 
 _meetings = 0  # of this process: all have as many, and no sweep reads the keys of an earlier one
+# Kept to the end of the process: rank 0 may hold the store, and another rank be in the next sweep before rank 0 is.
+_stores: dict[tuple[str, int, int], Any] = {}
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ machines share. Through the store go small messages only: which training, and th
 
 import contextlib
 import json
+import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ def run_on_ranks(
     spread: bool = True,
     retries: int = 0,
     progress: Progress = silent,
+    afterwards: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
     """Train every setting on whichever rank is free: :func:`.run_sweep`, called on all ranks.
 
@@ -59,6 +61,8 @@ def run_on_ranks(
         spread: Let each rank see one GPU only, by its number on its machine, where there are several.
         retries: See there.
         progress: Of rank 0.
+        afterwards: What rank 0 does with the runs. The others wait for it, since a launcher ends all ranks when one
+            ends with an error, such as that a run failed.
 
     Returns:
         All runs, on all ranks.
@@ -66,14 +70,14 @@ def run_on_ranks(
     Raises:
         UnsupportedSetup: As of :func:`.run_sweep`, and where the ranks have not the same settings, or do not all see
             the folder.
-        LightningSoupError: On the other ranks, where rank 0 was interrupted or is gone.
+        LightningSoupError: On the other ranks, where rank 0 ended with an error or is gone.
     """
     folder, same = Path(folder), canonical([settings, seed, fingerprint])
     if world.rank > 0:
         tasks = tasks_of(settings, folder, seed, fingerprint)
         return SweepResult(folder, follow(world, spread, same, train, folder, tasks))
     with leading(world):
-        return run_sweep(
+        result = run_sweep(
             settings,
             train,
             folder,
@@ -83,6 +87,9 @@ def run_on_ranks(
             retries=retries,
             progress=progress,
         )
+        afterwards(result)
+        sys.stdout.flush()
+    return result
 
 
 def _processes(world: World, train: Train, spread: bool) -> Processes:
@@ -129,7 +136,8 @@ class ReplicaWorkers:
         try:
             mark.touch()
             self._store.set(_PLAN, json.dumps({"mark": mark.name, "same": self._same}))
-            problems = [f"rank {rank} {said}" for rank in self._others if (said := self._answer(rank))]
+            deadline = time.monotonic() + SECONDS_OF_SILENCE
+            problems = [f"rank {rank} {said}" for rank in self._others if (said := self._answer(rank, deadline))]
         finally:
             mark.unlink(missing_ok=True)
         if problems:
@@ -140,9 +148,10 @@ class ReplicaWorkers:
         self._own.__enter__()
         return self
 
-    def _answer(self, rank: int) -> str:
-        deadline = time.monotonic() + SECONDS_OF_SILENCE
+    def _answer(self, rank: int, deadline: float) -> str:
         while not self._store.check([_ANSWER.format(rank)]):
+            if self._store.check([_LEFT.format(rank)]):
+                return "has ended"
             if time.monotonic() > deadline:
                 return f"has not answered in {SECONDS_OF_SILENCE:g} seconds"
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -178,11 +187,10 @@ class ReplicaWorkers:
                 return ended
 
     def _look(self, rank: int) -> Ended | None:
+        """What became of the training of a rank, if anything did; a rank that is lost, idle or not, is left out."""
         other = self._others[rank]
-        if other.task is None:
-            return None
         task = other.task
-        if self._store.check([key := _ENDED.format(rank, other.given)]):
+        if task is not None and self._store.check([key := _ENDED.format(rank, other.given)]):
             other.task, other.given = None, other.given + 1
             report = json.loads(self._store.get(key))
             if report["finished"]:
@@ -191,10 +199,12 @@ class ReplicaWorkers:
         life = self._store.get(key) if self._store.check([key := _ALIVE.format(rank)]) else b""
         if life != other.life:
             other.life, other.heard = life, time.monotonic()
-        if time.monotonic() - other.heard < SECONDS_OF_SILENCE:
+        left = self._store.check([_LEFT.format(rank)])
+        if not left and time.monotonic() - other.heard < SECONDS_OF_SILENCE:
             return None
         del self._others[rank]
-        return Ended(task, f"was lost with rank {rank}, which has not been heard of for {SECONDS_OF_SILENCE:g} seconds")
+        how = "has ended" if left else f"has not been heard of for {SECONDS_OF_SILENCE:g} seconds"
+        return None if task is None else Ended(task, f"was lost with rank {rank}, which {how}")
 
 
 def _appears(task: Task) -> None:
@@ -247,7 +257,7 @@ def follow(world: World, spread: bool, same: str, train: Train, folder: Path, ta
         The runs, as rank 0 has them.
 
     Raises:
-        LightningSoupError: The sweep was interrupted, or rank 0 is gone.
+        LightningSoupError: Rank 0 ended with an error, or is gone.
     """
     rank, store = world.rank, world.store
     given, task, answered, signs = 0, None, False, 0
@@ -276,7 +286,7 @@ def follow(world: World, spread: bool, same: str, train: Train, folder: Path, ta
         with contextlib.suppress(RuntimeError):
             store.set(_LEFT.format(rank), "")
     if how != "finished":
-        raise LightningSoupError(f"rank {rank}: the sweep ended on rank 0: {how}.")
+        raise LightningSoupError(f"rank {rank}: the sweep ended on rank 0: {how.removesuffix('.')}.")
     return [_outcome(task) for task in tasks]
 
 

@@ -118,6 +118,12 @@ def test_a_rank_that_does_not_answer(tmp_path, train, store, monkeypatch):
         run_on_ranks(world(0, store), SETTINGS, train, tmp_path / "runs")
 
 
+def test_a_rank_that_has_ended_before_it_answered(tmp_path, train, store, monkeypatch):
+    store.set(sweep_replicas._LEFT.format(1), "")
+    with pytest.raises(UnsupportedSetup, match=r"of which rank 1 has ended"):
+        run_on_ranks(world(0, store), SETTINGS, train, tmp_path / "runs")
+
+
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_rank_that_is_lost_counts_as_a_training_that_died(tmp_path, train, store, monkeypatch, retries):
     monkeypatch.setattr(sweep_replicas, "SECONDS_OF_SILENCE", 1.0)
@@ -129,6 +135,45 @@ def test_a_rank_that_is_lost_counts_as_a_training_that_died(tmp_path, train, sto
     assert [run.error is None for run in result.runs] == [retries == 1, True, True]
     if not retries:
         assert "was lost with rank 1, which has not been heard of for 1 seconds" in result.failed[0].error
+
+
+def test_ranks_that_have_ended_are_lost_at_once_and_get_no_retries(tmp_path, train, store):
+    for rank in (1, 2):
+        store.set(sweep_replicas._ANSWER.format(rank), "")
+        store.set(sweep_replicas._LEFT.format(rank), "")
+    began = time.monotonic()
+    with pytest.warns(UserWarning, match="was lost with rank 1, which has ended; retry 1 of 1"):
+        result = run_on_ranks(world(0, store, 3), SETTINGS[:1], train, tmp_path / "runs", retries=1)
+    assert len(result.finished) == 1
+    assert time.monotonic() - began < sweep_replicas.SECONDS_OF_SILENCE
+
+
+def test_other_ranks_wait_for_what_rank_0_does_with_the_runs(tmp_path, train, store):
+    ends = {}
+
+    def first_ends(result):
+        time.sleep(2)
+        ends[0] = time.monotonic()
+
+    def of_rank_1():
+        found = run_on_ranks(world(1, store), [{"do": "fail"}], train, tmp_path / "runs")
+        ends[1] = time.monotonic()
+        return found
+
+    second = other_rank(of_rank_1)
+    result = run_on_ranks(world(0, store), [{"do": "fail"}], train, tmp_path / "runs", afterwards=first_ends)
+    assert second() == result
+    assert ends[1] > ends[0]
+
+
+def test_what_rank_0_cannot_do_with_the_runs_is_told_on_the_others(tmp_path, train, store):
+    def fails(result):
+        raise LightningSoupError("no common start.")
+
+    second = other_rank(lambda: run_on_ranks(world(1, store), [{}], train, tmp_path / "runs"))
+    with pytest.raises(LightningSoupError, match="no common start"):
+        run_on_ranks(world(0, store), [{}], train, tmp_path / "runs", afterwards=fails)
+    assert str(second()) == "rank 1: the sweep ended on rank 0: LightningSoupError: no common start."
 
 
 def test_a_training_that_dies_on_another_rank_is_tried_again(tmp_path, train, store):
@@ -216,6 +261,29 @@ class TestLaunched:
         for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(LightningSoupError, match=r"rank 0 of 2 does not meet the others at 127.0.0.1:"):
+            launched(timeout=1)
+
+    def test_the_store_outlives_a_sweep_since_others_may_be_in_the_next_one(self, monkeypatch, port):
+        told = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        first = launched()
+        first.store.set("a", "1")
+        other = dist.TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
+        del first
+        assert other.check([f"lightning_soup/sweep/{launched_module._meetings}/a"])
+        assert not launched().store.check(["a"])
+        assert other.check([f"lightning_soup/sweep/{launched_module._meetings}/here/0"])
+
+    def test_each_sweep_of_a_program_waits_for_all_ranks(self, monkeypatch):
+        told = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        store = dist.HashStore()
+        monkeypatch.setitem(launched_module._stores, ("127.0.0.1:1", 0, 2), store)
+        store.set(f"lightning_soup/sweep/{launched_module._meetings + 1}/here/1", "")
+        assert launched(timeout=1).size == 2
+        with pytest.raises(LightningSoupError, match=r"rank 0 of 2 does not meet the others at 127.0.0.1:1"):
             launched(timeout=1)
 
     def test_trainings_do_not_see_the_launcher(self, monkeypatch):
