@@ -130,6 +130,11 @@ class ModuleEvaluator(Evaluator):
             self._scores[key] = score
         return self._scores[key]
 
+    def figures(self, weights: Weights) -> dict[str, float]:
+        """All that the validation step logs for these weights; some may be NaN."""
+        self.load(weights)
+        return {name: float(value) for name, value in self._validate().items()}
+
     def splits(self) -> tuple[Split, ...]:
         """The validation data, and the third split where the data module has one."""
         return ("select", "third") if self._third_loaders() else ("select",)

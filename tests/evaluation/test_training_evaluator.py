@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,6 +37,24 @@ def test_some_samples_are_the_same_each_time_and_leave_the_random_state_alone():
     assert len({tuple(row.tolist()) for row in x} & rows) == 20
 
 
+def test_limits_on_validation_batches_are_not_for_these_samples():
+    data, module = TinyData(), TinyClassifier()
+    trainer = Trainer(devices=1, logger=False, enable_checkpointing=False, limit_val_batches=1, accelerator="cpu")
+    trainer.validate_loop.verbose = False
+    evaluator = TrainingEvaluator(module, data, trainer=trainer, samples=90)
+    evaluator._held = evaluator.batches_of(16)  # several batches
+    whole = TrainingEvaluator(module, data, samples=90).figures(module.state_dict())
+    assert evaluator.figures(module.state_dict())["val_loss"] == pytest.approx(whole["val_loss"])
+    assert trainer.limit_val_batches == 1
+    assert sum(len(x) for x, _ in evaluator.batches(0, 20)) == 90
+
+
+def test_a_metric_of_one_of_several_validation_loaders_is_that_without_its_number():
+    module = TinyClassifier()
+    evaluator = TrainingEvaluator(module, TinyData(), "val_acc/dataloader_idx_1")
+    assert evaluator.score(module.state_dict()) == evaluator.figures(module.state_dict())["val_acc"]
+
+
 def test_gradients_are_of_training_samples():
     data, module = TinyData(), TinyClassifier()
     evaluator = TrainingEvaluator(module, data, "val_acc")
@@ -58,7 +76,22 @@ class Given(LightningDataModule):
         self.data = data
 
     def train_dataloader(self):
-        return self.data if self.data is None or isinstance(self.data, list) else DataLoader(self.data, 4)
+        return self.data if isinstance(self.data, DataLoader) else DataLoader(self.data, 4)
+
+
+def _mixed(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return torch.lerp(x, x.flip(0), float(torch.rand(()))), y
+
+
+def _named(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return {"x": x, "y": y}
+
+
+class Seldom(Augmented):
+    def __getitem__(self, index):
+        return torch.full((8,), float(torch.rand(()) < 0.5)), index % 3
 
 
 def test_samples_that_change_are_told():
@@ -66,10 +99,28 @@ def test_samples_that_change_are_told():
         TrainingEvaluator(TinyClassifier(), Given(Augmented())).figures(TinyClassifier().state_dict())
 
 
-def test_data_without_a_length_is_refused():
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(TinyData().train, 4, collate_fn=_mixed),
+        DataLoader(Augmented(), 4, collate_fn=_named),
+        DataLoader(Seldom(), 4),
+    ],
+    ids=["mixed in batches", "mappings", "half of the time"],
+)
+def test_samples_that_change_are_found_whatever_the_batches(loader):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="augmented at random"):
+        TrainingEvaluator(TinyClassifier(), Given(loader)).batches_of(4)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_data_that_is_iterated_over_is_refused(told):
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter([])
 
+    if told:
+        Endless.__len__ = lambda self: 12
     with pytest.raises(UnsupportedSetup, match="Given: the training data has no length"):
         TrainingEvaluator(TinyClassifier(), Given(Endless())).figures(TinyClassifier().state_dict())
