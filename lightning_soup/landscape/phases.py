@@ -56,7 +56,7 @@ class Thresholds:
         sharp_by: What decides.
 
     Raises:
-        UnsupportedSetup: A value is not finite, or ``mc`` is below 0.
+        UnsupportedSetup: A value is no finite number, or ``mc`` is below 0.
     """
 
     mc: float = 2.0
@@ -67,7 +67,8 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         numbers = (self.mc, self.trace, self.loss, self.similar)
-        if not all(map(math.isfinite, numbers)) or self.mc < 0 or self.sharp_by not in ("trace", "loss"):
+        known = all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+        if not known or self.mc < 0 or self.sharp_by not in ("trace", "loss"):
             raise UnsupportedSetup(f"{self}: expected finite numbers, mc of 0 or more, and sharp_by 'trace' or 'loss'.")
 
 

@@ -68,6 +68,12 @@ class Measures:
 
     def __post_init__(self) -> None:
         least = {"samples": 4, "average_epochs": 1, "pairs": 1, "curve_epochs": 0, "curve_batch": 1}
+        for name in ("metric", "loss"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise UnsupportedSetup(
+                    f"{ZOO}.measures.{name} is {value!r}; expected the name of a metric that the validation step logs."
+                )
         for name, lowest in {**least, "lanczos": 1, "probes": 1}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
@@ -75,6 +81,13 @@ class Measures:
         rate = self.curve_lr
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
             raise UnsupportedSetup(f"{ZOO}.measures.curve_lr is {rate!r}; expected a number above 0.")
+
+    def of_models(self) -> dict[str, Any]:
+        """What concerns single models: where only the rest changes, none needs to be trained anew."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OF_CELLS}
+
+
+_OF_CELLS = ("pairs", "curve_epochs", "curve_lr", "curve_batch")
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,8 @@ def _axis(path: Path, name: str, given: Any) -> Axis:
             f"{_EXAMPLE}."
         )
     option, values = pairs[0]
+    if option == "seed_everything":
+        raise UnsupportedSetup(f"{path}: {ZOO}.{name} is {option}, which differs within a cell; give {ZOO}.seeds.")
     if len({repr(value) for value in values}) < len(values):
         raise UnsupportedSetup(f"{path}: {ZOO}.{name} lists a value of {option} twice: {values}.")
     return Axis(option, tuple(values))

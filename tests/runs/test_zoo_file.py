@@ -43,6 +43,12 @@ def test_defaults(tmp_path):
         ({"load": {"model.width": [1], "model.depth": [1]}}, r"zoo.load is .*expected one option"),
         ({"load": {"model.width": [3, 3]}}, r"zoo.load lists a value of model.width twice"),
         ({"load": {"data.batch_size": [3]}}, r"temperature and zoo.load are both data.batch_size"),
+        (
+            {"load": {"seed_everything": [4, 5]}},
+            r"zoo.load is seed_everything, which differs within a cell; give",
+        ),
+        ({"measures": {"metric": 3}}, r"zoo.measures.metric is 3; expected the name of a metric"),
+        ({"thresholds": {"mc": "high"}}, r"mc='high'.*expected finite numbers"),
         ({"seeds": 0}, r"zoo.seeds is 0; expected how many"),
         ({"seeds": [1, 1]}, r"zoo.seeds is \[1, 1\]; expected how many"),
         ({"seeds": True}, r"zoo.seeds is True"),
