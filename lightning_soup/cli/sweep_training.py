@@ -18,7 +18,7 @@ from lightning_soup.evaluation.own_loops import ctrl_c_unchanged
 from lightning_soup.recipes.ingredient import saves_between_validations
 from lightning_soup.runs.sweep_run import Trained
 
-__all__ = ["RunCLI", "flags", "train_setting"]
+__all__ = ["RunCLI", "flags", "log_setting", "train_setting"]
 
 Work = Callable[[Trainer, LightningModule, LightningDataModule | None], Any]
 
@@ -54,9 +54,7 @@ def train_setting(setting: Mapping[str, Any], folder: Path, seed: int, *, base: 
     """
 
     def fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):  # its tables and plots are over logged hyperparameters
-                logger.log_hyperparams({"seed": seed, **setting})
+        log_setting(trainer, {"seed": seed, **setting})
         trainer.fit(model, datamodule=datamodule)
 
     try:
@@ -77,6 +75,13 @@ def train_setting(setting: Mapping[str, Any], folder: Path, seed: int, *, base: 
     finally:
         cli = checkpoint = None  # a Trainer keeps its module alive, in cycles
         gc.collect()
+
+
+def log_setting(trainer: Trainer, setting: Mapping[str, Any]) -> None:
+    """Log a setting to W&B, whose tables and plots are over logged hyperparameters."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(dict(setting))
 
 
 class RunCLI(SoupCLI):

@@ -13,17 +13,19 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lightning_soup.cli.sweep import fingerprint
 from lightning_soup.cli.sweep_check import check_settings
-from lightning_soup.cli.sweep_training import RunCLI
+from lightning_soup.cli.sweep_training import RunCLI, log_setting
 from lightning_soup.cli.terminal import plain
 from lightning_soup.errors import LightningSoupError, UnsupportedSetup
+from lightning_soup.evaluation.loading import listed
 from lightning_soup.evaluation.own_loops import no_notices
+from lightning_soup.evaluation.training_evaluator import training_set
 from lightning_soup.extras import import_extra
 from lightning_soup.progress import rich_progress
 from lightning_soup.runs.sweep import run_sweep
 from lightning_soup.runs.sweep_run import Run, Trained
 from lightning_soup.runs.zoo import Zoo
 from lightning_soup.runs.zoo_file import ZOO, Measures, read_zoo_file
-from lightning_soup.runs.zoo_measures import measure_cell, measure_model
+from lightning_soup.runs.zoo_measures import check_logged, measure_cell, measure_model
 from lightning_soup.weights.save import save_combination, save_weights
 
 __all__ = ["measure_seeds", "train_model", "zoo"]
@@ -75,10 +77,10 @@ def zoo(config_file: str, *, folder: str | None = None, jobs: int = 1) -> Zoo:
             partial(train_model, base=file.path, measures=file.measures, group=home.name),
             home / "models",
             title="Training models",
-            fingerprint=f"{trained} {file.measures}",
+            fingerprint=f"{trained} {file.measures.of_models()}",
             **options,
         ).runs
-        cells = _cells(models, len(file.seeds), file.cells)
+        cells = _cells(models, len(file.seeds), file.cells, home)
         measured = (
             run_sweep(
                 [cell for cell in cells if cell is not None],
@@ -100,12 +102,15 @@ def zoo(config_file: str, *, folder: str | None = None, jobs: int = 1) -> Zoo:
     return result
 
 
-def _cells(models: list[Run], count: int, cells: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-    """What is measured of each cell: with the files of the seeds that finished; None for fewer than two."""
+def _cells(models: list[Run], count: int, cells: list[dict[str, Any]], home: Path) -> list[dict[str, Any] | None]:
+    """What is measured of each cell: with the files of the seeds that finished; None for fewer than two.
+
+    Files are named from the zoo's folder, so that a folder that was moved is not measured anew.
+    """
     found = []
     for number, cell in enumerate(cells):
         whole = [run for run in models[number * count : (number + 1) * count] if run.error is None]
-        files = [str(run.checkpoint) for run in whole]
+        files = [run.checkpoint.relative_to(home).as_posix() for run in whole]
         found.append(
             {**cell, "seed_everything": whole[0].setting["seed_everything"], "files": files} if len(files) > 1 else None
         )
@@ -128,19 +133,42 @@ def train_model(
     model_file, average, found = folder / "model.safetensors", folder / "average.safetensors", {}
 
     def fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+        log_setting(trainer, {"seed": seed, **setting})
         tail = _LastEpochs(folder / "epochs", measures.average_epochs)
-        trainer.callbacks.append(tail)
+        trainer.callbacks += [_Refusals(measures), tail]
         trainer.fit(model, datamodule=datamodule)
         save_weights(model, model_file)
+        epochs = None
         if len(tail.files) > 1:
             save_combination(tail.files, [1 / len(tail.files)] * len(tail.files), average)
-        there = average if average.is_file() else None
-        found.update(measure_model(model, datamodule, trainer, model_file, there, measures))
+            epochs = tail.files[-1], average
+        found.update(measure_model(model, datamodule, trainer, model_file, epochs, measures))
 
-    RunCLI(base, {"seed_everything": seed, **setting}, folder, group, work=fit)
-    for extra in ("epochs", "checkpoints"):  # the weights are in model.safetensors
-        shutil.rmtree(folder / extra, ignore_errors=True)
+    try:
+        RunCLI(base, {"seed_everything": seed, **setting}, folder, group, work=fit)
+    except BaseException:  # what was not measured must not be taken for a model of the zoo
+        for file in (model_file, average):
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        for extra in ("epochs", "checkpoints"):  # the weights are in model.safetensors
+            shutil.rmtree(folder / extra, ignore_errors=True)
     return Trained(found, model_file)
+
+
+class _Refusals(Callback):
+    """Ends a training that could not be measured, at its start or first validation and not after its last epoch."""
+
+    def __init__(self, measures: Measures) -> None:
+        self.measures = measures
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        training_set(listed(trainer.train_dataloader)[0], trainer.datamodule)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:  # in which some modules do not log
+            figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            check_logged(figures, self.measures.metric, self.measures.loss)
 
 
 class _LastEpochs(Callback):
@@ -149,10 +177,12 @@ class _LastEpochs(Callback):
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self.files: list[Path] = []
+        self._number = 0  # not the Trainer's, since some callbacks begin at epoch 0 again
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"epoch={trainer.current_epoch}.safetensors"
+        path = self.folder / f"{self._number}.safetensors"
+        self._number += 1
         self.files.append(save_weights(pl_module, path))
         for old in self.files[: -self.keep]:
             old.unlink()
@@ -163,15 +193,16 @@ def measure_seeds(setting: Mapping[str, Any], folder: Path, seed: int, *, base: 
     """Measure what the seeds of a cell have in common; the result's checkpoint is their average.
 
     Args:
-        setting: What the cell changes in the config, and ``files``, the weights of its seeds.
-        folder: Where it goes.
+        setting: What the cell changes in the config, and ``files``, the weights of its seeds by their names in the
+            zoo's folder.
+        folder: Where it goes, two levels below the zoo's.
         seed: Not used: the setting has one.
         base: The config.
         measures: How it is measured.
     """
     soup, found = folder / "soup.safetensors", {}
     changes = {name: value for name, value in setting.items() if name != "files"}
-    models = [Path(file) for file in setting["files"]]
+    models = [folder.parents[1] / file for file in setting["files"]]
     quiet = {"trainer.logger": False, "trainer.callbacks": None, "trainer.enable_progress_bar": False}
 
     def measure(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:

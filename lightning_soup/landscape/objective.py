@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -64,7 +64,7 @@ class Objective:
         """The loss that a module's ``validation_step`` returns, in evaluation mode, over its trained parameters.
 
         Attention is computed by its formula, since the fused kernels have no second derivative. Compiled modules are
-        taken as they were before.
+        taken as they were before. Batches are converted to float64 where parameters are.
 
         Args:
             module: The module; it is left as it was, on the device.
@@ -77,7 +77,9 @@ class Objective:
             UnsupportedSetup: It has no trained parameters, there are no batches, or the step returns no loss.
         """
         module = getattr(module, "_orig_mod", module)
-        loops = OwnLoops(module, datamodule, torch.device(device or module.device), Precision())
+        double = any(value.dtype == torch.float64 for value in module.parameters())
+        precision = DoublePrecision() if double else Precision()
+        loops = OwnLoops(module, datamodule, torch.device(device or module.device), precision)
         trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
 
         def loss(batch: Any) -> Tensor:

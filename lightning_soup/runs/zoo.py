@@ -5,7 +5,7 @@ Layout of the folder of a zoo::
     zoo.parquet                 a row for each model, with what was measured of it and of its cell (COLUMNS)
     zoo.json                    the grid, how it was measured, the thresholds of the phases, a summary by phase
     phases.png, measures.png    pictures of the grid
-    models/<run>/model.safetensors      the weights after the last epoch, beside run.json and config.yaml
+    models/<run>/model.safetensors      the weights that training left, beside run.json and config.yaml
     models/<run>/average.safetensors    the mean of the last epochs' weights
     cells/<run>/soup.safetensors        the plain average of a cell's seeds
 
@@ -180,8 +180,8 @@ class Zoo:
             rows.append(
                 {
                     "cell": number,
-                    "temperature": json.dumps(cell.temperature),
-                    "load": json.dumps(cell.load),
+                    "temperature": json.dumps(cell.temperature, default=str),
+                    "load": json.dumps(cell.load, default=str),
                     "seed": self.file.seeds[index % count],
                     "model": self._relative(run.checkpoint) if whole else "",
                     "average": self._relative(average) if whole and average.is_file() else "",

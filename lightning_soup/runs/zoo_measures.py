@@ -2,16 +2,19 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_soup.errors import LightningSoupError, NonFiniteScore, UnsupportedSetup
+from lightning_soup.errors import NonFiniteScore, NonFiniteWeights, RecipeError, UnsupportedSetup
 from lightning_soup.evaluation.module_evaluator import ModuleEvaluator
-from lightning_soup.evaluation.training_evaluator import TrainingEvaluator
+from lightning_soup.evaluation.training_evaluator import TrainingEvaluator, of_one_loader
 from lightning_soup.landscape.connectivity import bezier_connectivity, loss_barrier, mode_connectivity
 from lightning_soup.landscape.curvature import hessian_top_eigenvalues, hessian_trace
 from lightning_soup.landscape.objective import Objective
@@ -22,7 +25,7 @@ from lightning_soup.recipes.checks import statistics_of
 from lightning_soup.runs.zoo_file import Measures
 from lightning_soup.weights.weights_file import open_checkpoint
 
-__all__ = ["measure_cell", "measure_model"]
+__all__ = ["check_logged", "measure_cell", "measure_model"]
 
 _OUTPUTS = 1000  # validation samples at most whose outputs are compared
 
@@ -32,7 +35,7 @@ def measure_model(
     datamodule: LightningDataModule,
     trainer: Trainer | None,
     model: Path,
-    average: Path | None,
+    epochs: tuple[Path, Path] | None,
     measures: Measures,
 ) -> dict[str, float]:
     """Measure one model.
@@ -41,14 +44,14 @@ def measure_model(
         module: The module; it holds the model's weights afterwards.
         datamodule: Its data.
         trainer: Evaluates.
-        model: File of the weights after the last epoch.
-        average: File of the mean of the last epochs' weights; None: there was one epoch.
+        model: File of the weights that training left: those after the last epoch, or what a callback made of them.
+        epochs: Files of the weights after the last epoch, and of the mean of the last epochs'; None: there was one.
         measures: What is measured how.
 
     Returns:
         By name: ``train_loss``, ``train_acc``, ``majority`` (share of the most common class), ``val_loss``,
         ``val_acc``, ``lambda_max``, ``trace`` and its standard error ``trace_error``, and ``delta_epochs``, by how much
-        the mean of the last epochs' weights is more accurate.
+        the mean of the last epochs' weights is more accurate than those of the last. NaN where it is not finite.
 
     Raises:
         UnsupportedSetup: The metric is no accuracy from 0 to 1.
@@ -56,37 +59,65 @@ def measure_model(
     """
     training = TrainingEvaluator(module, datamodule, measures.metric, "max", trainer, samples=measures.samples)
     validation = ModuleEvaluator(module, datamodule, measures.metric, "max", trainer)
-    found = _named("train", training.figures(open_checkpoint(model)), measures)
+    names = of_one_loader(measures.metric), of_one_loader(measures.loss)
+    found = _named("train", training.figures(open_checkpoint(model)), *names)
     batches = list(training.batches_of(measures.samples))
     found["majority"] = _majority(batches)
-    objective = Objective.of_module(module, batches, datamodule, device=training.trainer.strategy.root_device)
-    try:
-        found["lambda_max"] = hessian_top_eigenvalues(objective, max_steps=measures.lanczos).values[0]
-        trace = hessian_trace(objective, max_probes=measures.probes, min_probes=min(10, measures.probes))
-        found["trace"], found["trace_error"] = trace.value, trace.error
-    except LightningSoupError:  # a loss that overflows, at weights that diverged
-        found["lambda_max"] = found["trace"] = found["trace_error"] = math.nan
-    found["val_acc"] = own = validation.score(open_checkpoint(model))
-    found["val_loss"] = -ModuleEvaluator(module, datamodule, measures.loss, "min", trainer).score(
-        open_checkpoint(model)
-    )
-    norms = average is not None and _has_statistics([model, average])
-    found["delta_epochs"] = math.nan if average is None else _fitted(validation, average, norms) - own
+    with _in_float32(module):
+        objective = Objective.of_module(module, batches, datamodule, device=training.trainer.strategy.root_device)
+        try:
+            found["lambda_max"] = hessian_top_eigenvalues(objective, max_steps=measures.lanczos).values[0]
+            trace = hessian_trace(objective, max_probes=measures.probes, min_probes=min(10, measures.probes))
+            found["trace"], found["trace_error"] = trace.value, trace.error
+        except NonFiniteWeights:  # a loss that overflows, at weights that diverged
+            found["lambda_max"] = found["trace"] = found["trace_error"] = math.nan
+    found |= _named("val", validation.figures(open_checkpoint(model)), measures.metric, measures.loss)
+    found["delta_epochs"] = math.nan
+    if epochs is not None:
+        found["delta_epochs"] = _fitted(validation, epochs[1], _has_statistics(epochs)) - _score(validation, epochs[0])
     return found
 
 
-def _named(part: str, figures: Mapping[str, float], measures: Measures) -> dict[str, float]:
-    for name in (measures.metric, measures.loss):
+def check_logged(figures: Mapping[str, float], metric: str, loss: str) -> None:
+    """See whether the validation step logs what a zoo is measured by.
+
+    Args:
+        figures: What it logs.
+        metric: Name of the accuracy.
+        loss: Name of the loss.
+
+    Raises:
+        UnsupportedSetup: It does not, or the metric is no accuracy from 0 to 1.
+    """
+    for name in (metric, loss):
         if name not in figures:
             raise UnsupportedSetup(
-                f"zoo.measures: the validation step does not log {name!r}; it logs {', '.join(sorted(figures))}."
+                f"zoo.measures: the validation step does not log {name!r}; it logs {', '.join(sorted(figures))}. Give "
+                "zoo.measures.metric and zoo.measures.loss."
             )
-    accuracy = figures[measures.metric]
-    if not 0 <= accuracy <= 1:
+    if not (math.isnan(figures[metric]) or 0 <= figures[metric] <= 1):
         raise UnsupportedSetup(
-            f"zoo.measures.metric is {measures.metric!r}, which is {accuracy:.4g}; expected an accuracy from 0 to 1."
+            f"zoo.measures.metric is {metric!r}, which is {figures[metric]:.4g}; expected an accuracy from 0 to 1."
         )
-    return {f"{part}_loss": figures[measures.loss], f"{part}_acc": accuracy}
+
+
+def _named(part: str, figures: Mapping[str, float], metric: str, loss: str) -> dict[str, float]:
+    check_logged(figures, metric, loss)
+    return {f"{part}_loss": figures[loss], f"{part}_acc": figures[metric]}
+
+
+@contextmanager
+def _in_float32(module: LightningModule) -> Iterator[None]:
+    """Weights that were trained in half precision in float32: half is too coarse for second derivatives."""
+    tensors = [one for one in (*module.parameters(), *module.buffers()) if one.dtype in (torch.half, torch.bfloat16)]
+    kept = [one.data for one in tensors]
+    for one in tensors:
+        one.data = one.data.float()
+    try:
+        yield
+    finally:
+        for one, data in zip(tensors, kept, strict=True):
+            one.data = data
 
 
 def _majority(batches: Sequence[Any]) -> float:
@@ -105,11 +136,18 @@ def _has_statistics(models: Sequence[Path]) -> bool:
 
 def _fitted(evaluator: ModuleEvaluator, average: Path, norms: bool) -> float:
     """The score of an average, with BatchNorm's statistics estimated anew where that is due."""
-    opened = open_checkpoint(average)
     if not norms:
-        return evaluator.score(opened)
-    evaluator.recalibrate(opened)
-    return evaluator.score(evaluator.slot())
+        return _score(evaluator, average)
+    evaluator.recalibrate(open_checkpoint(average))
+    return _score(evaluator, None)
+
+
+def _score(evaluator: ModuleEvaluator, model: Path | None) -> float:
+    """The score of a file, or of the weights that the module holds; NaN where it is."""
+    try:
+        return evaluator.score(evaluator.slot() if model is None else open_checkpoint(model))
+    except NonFiniteScore:
+        return math.nan
 
 
 def measure_cell(
@@ -133,8 +171,8 @@ def measure_cell(
     Returns:
         Means over pairs of seeds: ``mc``, the mode connectivity of a Bézier curve, and ``line``, that of the straight
         line, in points of training error; ``barrier`` of the training loss on the line; ``cka`` of the validation
-        logits; ``distance`` of the weights. And ``delta_seeds``, by how much the average of all seeds is more accurate
-        than they are on average. Seeds are not aligned.
+        logits, NaN where there are none; ``distance`` of the weights. And ``delta_seeds``, by how much the average of
+        all seeds is more accurate than they are on average. Seeds are not aligned.
 
     Raises:
         LightningSoupError: Something cannot be measured.
@@ -142,12 +180,13 @@ def measure_cell(
     error = TrainingEvaluator(module, datamodule, measures.metric, "max", trainer, samples=measures.samples)
     loss = TrainingEvaluator(module, datamodule, measures.loss, "min", trainer, samples=measures.samples)
     validation = ModuleEvaluator(module, datamodule, measures.metric, "max", trainer)
-    outputs = [_outputs(validation, model) for model in models]
+    scores = [_score(validation, model) for model in models]  # first: this gives the module the Trainer's precision
+    outputs = _outputs(validation, models)
     norms = _has_statistics(models)
     rows: list[dict[str, float]] = []
     for a, b in itertools.islice(itertools.combinations(range(len(models)), 2), measures.pairs):
         ends = models[a], models[b]
-        row = {"cka": _alike(outputs[a], outputs[b])}
+        row = {"cka": math.nan if outputs is None else _alike(outputs[a], outputs[b])}
         row["distance"] = float(weight_statistics(ends).distances[0, 1])
         try:
             straight = loss_barrier(*ends, error, 5, recalibrate=norms)
@@ -169,15 +208,28 @@ def measure_cell(
     names = ("mc", "line", "barrier", "cka", "distance")
     found = {name: sum(row[name] for row in rows) / len(rows) if rows else math.nan for name in names}
     UniformSoup(common_start="ignore").cook([str(model) for model in models]).save(str(soup))
-    scores = [validation.score(open_checkpoint(model)) for model in models]
     found["delta_seeds"] = _fitted(validation, soup, norms) - sum(scores) / len(scores) if len(models) > 1 else math.nan
     return found
 
 
-def _outputs(evaluator: ModuleEvaluator, model: Path) -> torch.Tensor:
-    """Logits of the validation samples, ``[n, classes]``."""
-    found = next(iter(evaluator.outcomes(open_checkpoint(model), "select").values()))
-    return found.logits[:_OUTPUTS]
+def _outputs(evaluator: ModuleEvaluator, models: Sequence[Path]) -> list[torch.Tensor] | None:
+    """Logits of the validation samples ``[n, classes]`` of each model; None where the module gives none."""
+    found = []
+    for model in models:
+        try:
+            with isolate_rng():
+                torch.manual_seed(0)  # the same order for all, where the loader shuffles
+                told = next(iter(evaluator.outcomes(open_checkpoint(model), "select").values()))
+        except (RecipeError, NotImplementedError):
+            warnings.warn(
+                "the outputs of the seeds are not compared, so there is no CKA, without which phase IV is not "
+                "determined: that takes validation batches (inputs, targets), and a predict_step of "
+                f"{type(evaluator.module).__name__} that returns logits [batch, classes].",
+                stacklevel=2,
+            )
+            return None
+        found.append(told.logits[:_OUTPUTS])
+    return found
 
 
 def _alike(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 
 import pyarrow.parquet
 import pytest
@@ -133,11 +134,132 @@ def test_the_command_goes_on_where_it_was(made, monkeypatch, capsys):
     assert "averaging seeds" in capsys.readouterr().out
 
 
+def test_what_concerns_cells_only_trains_nothing_anew_and_the_folder_can_move(made, monkeypatch, tmp_path):
+    shutil.copytree(made[0], tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    config = {**base_config(max_epochs=3), "zoo": SECTION}
+    write_yaml(tmp_path / "zoo.yaml", config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    zoo("zoo.yaml", folder=str(tmp_path / "moved"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+    config["zoo"] = {**SECTION, "measures": {**SECTION["measures"], "curve_epochs": 1}}
+    write_yaml(tmp_path / "zoo.yaml", config)
+    assert not zoo("zoo.yaml", folder="moved").failed
+    models = {path: path.stat().st_mtime_ns for path in (tmp_path / "moved" / "models").rglob("*.safetensors")}
+    assert models == {path: time for path, time in before.items() if path in models}
+    assert len(list(tmp_path.glob("moved/cells/*"))) == 4
+
+
+class Mapped(TinyClassifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step((batch["x"], batch["y"]), batch_idx)
+
+
+def as_mapping(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return {"x": x, "y": y}
+
+
+class Mappings(TinyData):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=as_mapping)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(self.val, self.batch_size, collate_fn=as_mapping)
+
+
+class NotFinite(TinyClassifier):
+    def validation_step(self, batch, batch_idx):
+        loss = super().validation_step(batch, batch_idx) * float("nan")
+        self.log("val_nan", loss)
+        return loss
+
+
+class OnTwo(TinyClassifier):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return super().validation_step(batch, batch_idx)
+
+
+class TwoSets(TinyData):
+    def val_dataloader(self):
+        return [torch.utils.data.DataLoader(part, self.batch_size) for part in self.test]
+
+
+def one_cell(tmp_path, monkeypatch, model="TinyClassifier", data="TinyData", measures=None, **trainer):
+    monkeypatch.chdir(tmp_path)
+    config = base_config(max_epochs=2, **trainer)
+    for part, name in (("model", model), ("data", data)):
+        if not name.startswith("Tiny"):
+            config[part]["class_path"] = f"tests.cli.test_zoo.{name}"
+    grid = {"temperature": {"data.batch_size": [48]}, "load": {"model.lr": [0.05]}}
+    section = {**SECTION, **grid, "measures": {**SECTION["measures"], **(measures or {})}}
+    write_yaml(tmp_path / "zoo.yaml", {**config, "zoo": section})
+    return zoo("zoo.yaml", folder="out")
+
+
+def test_batches_that_give_no_logits_leave_out_the_cka_alone(tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="there is no CKA.*predict_step of Mapped that returns logits"):
+        result = one_cell(tmp_path, monkeypatch, "Mapped", "Mappings")
+    assert not result.failed
+    row = read_zoo("out")[0]
+    assert [name for name, value in row.items() if value != value] == ["majority", "cell_cka"]
+
+
+def test_figures_that_are_not_finite_are_no_failure(tmp_path, monkeypatch):
+    result = one_cell(tmp_path, monkeypatch, "NotFinite", measures={"loss": "val_nan"})
+    assert not result.failed
+    row = read_zoo("out")[0]
+    assert math.isfinite(row["val_acc"] + row["delta_epochs"] + row["cell_cka"] + row["cell_delta_seeds"])
+    assert all(math.isnan(row[name]) for name in ("train_loss", "val_loss", "trace", "lambda_max", "cell_barrier"))
+    assert row["phase"] == "undetermined"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_models_of_other_precisions(tmp_path, monkeypatch, precision):
+    assert not one_cell(tmp_path, monkeypatch, precision=precision).failed
+    row = read_zoo("out")[0]
+    assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+
+
+def test_metrics_of_one_of_several_validation_sets(tmp_path, monkeypatch):
+    names = {"metric": "val_acc/dataloader_idx_1", "loss": "val_loss/dataloader_idx_1"}
+    assert not one_cell(tmp_path, monkeypatch, "OnTwo", "TwoSets", measures=names).failed
+    assert all(math.isfinite(value) for value in read_zoo("out")[0].values() if isinstance(value, float))
+
+
+def test_the_gain_of_averaging_epochs_is_over_the_last_epoch_also_beside_a_live_average(tmp_path, monkeypatch):
+    section = {"average_epochs": 2}
+    plain = one_cell(tmp_path, monkeypatch, measures=section)
+    gain = plain.cells[0].mean("delta_epochs")
+    (tmp_path / "live").mkdir()
+    live = {"class_path": "lightning_soup.WeightEnsemble"}
+    beside = one_cell(tmp_path / "live", monkeypatch, measures=section, callbacks=[live])
+    assert beside.cells[0].mean("val_loss") != plain.cells[0].mean("val_loss")  # the model is the live average
+    assert beside.cells[0].mean("delta_epochs") == pytest.approx(gain)
+
+
+def test_outputs_are_compared_in_one_order_where_the_loader_shuffles(out, rows):
+    data = TinyData()
+    data.val_dataloader = lambda: torch.utils.data.DataLoader(data.val, 16, shuffle=True)
+    evaluator = ModuleEvaluator(TinyClassifier(), data)
+    first, again = zoo_measures._outputs(evaluator, [out / rows[0]["model"]] * 2)
+    assert torch.equal(first, again)
+
+
 class Diverging(TinyClassifier):
     def on_train_epoch_end(self):
         if self.hparams.lr > 1:
             with torch.no_grad():
                 self.net[0].weight.fill_(float("nan"))
+
+
+class Counting(TinyClassifier):
+    def on_train_epoch_start(self):
+        with open("epochs.txt", "a") as file:
+            file.write("epoch\n")
 
 
 class Failing(TinyClassifier):
@@ -159,6 +281,7 @@ def test_models_that_diverge_or_fail_are_told_and_the_others_go_on(tmp_path, mon
     rows = read_zoo("out")
     assert [row["model"] != "" for row in rows] == [True, True, False, False]
     assert [row["phase"] for row in rows] == ["undetermined"] * 4
+    assert len(list(tmp_path.glob("out/models/*/*.safetensors"))) == 2  # none of those that failed
     printed = capsys.readouterr()
     assert printed.err.count("failed: ") == 2
     assert "No phases: too few cells" in printed.out
@@ -186,11 +309,14 @@ def test_one_seed_has_no_pairs(tmp_path, monkeypatch):
 def test_metrics_that_cannot_be(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     section = {**SECTION, "temperature": {"model.lr": [1e-6]}, "load": {"model.batch_norm": [False]}, **changes}
-    write_yaml(tmp_path / "zoo.yaml", {**base_config(max_epochs=1), "zoo": {**section, "seeds": 1}})
+    config = base_config(max_epochs=3)
+    config["model"]["class_path"] = "tests.cli.test_zoo.Counting"
+    write_yaml(tmp_path / "zoo.yaml", {**config, "zoo": {**section, "seeds": 1}})
     with pytest.raises(Exception, match="none of the 1 trainings finished"):
         zoo("zoo.yaml", folder="out")
     (error,) = tmp_path.glob("out/models/*/error.txt")
     assert re.search(message, error.read_text())
+    assert (tmp_path / "epochs.txt").read_text() == "epoch\n"  # not after the last one
 
 
 def test_wrong_files_are_told_before_any_training(tmp_path, monkeypatch):
