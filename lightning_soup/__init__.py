@@ -16,6 +16,7 @@ _ROOMS = {
         "ExpertsWeightAveraging",
         "ExponentialAverage",
         "GossipAveraging",
+        "LandscapeMonitor",
         "LatestAverage",
         "LearnableEnsembleWeights",
         "LiveAverage",

@@ -8,6 +8,7 @@ from lightning_soup.callbacks.checkpoint_trail import CheckpointTrail as Checkpo
 from lightning_soup.callbacks.ensemble_weights import LearnableEnsembleWeights as LearnableEnsembleWeights
 from lightning_soup.callbacks.experts_averaging import ExpertsWeightAveraging as ExpertsWeightAveraging
 from lightning_soup.callbacks.gossip_averaging import GossipAveraging as GossipAveraging
+from lightning_soup.callbacks.landscape_monitor import LandscapeMonitor as LandscapeMonitor
 from lightning_soup.callbacks.live_average import LiveAverage as LiveAverage
 from lightning_soup.callbacks.metrics_weighted_averaging import MetricsWeightedAveraging as MetricsWeightedAveraging
 from lightning_soup.callbacks.model_soup import ModelSoup as ModelSoup

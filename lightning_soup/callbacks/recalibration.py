@@ -1,22 +1,20 @@
 """BatchNorm statistics of an average: estimated anew in passes of our own, without touching weights or training."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, SequentialSampler
 from torchmetrics import Metric
 
+from lightning_soup.callbacks.fit_batches import batches_of_fit
 from lightning_soup.callbacks.strategies import have_one_model
 from lightning_soup.errors import UnsupportedSetup
-from lightning_soup.evaluation.module_evaluator import listed
 from lightning_soup.evaluation.own_loops import OwnLoops, normed
 
 
@@ -44,9 +42,9 @@ class Statistics:
         own = _statistics(module)
         self._live = [(buffer, buffer.clone()) for buffer in own.values()]
         if batches:
-            with isolate_rng(), _metrics_untouched(module):
+            with isolate_rng(), metrics_untouched(module):
                 loops = OwnLoops(module, trainer.datamodule, trainer.strategy.root_device, trainer.precision_plugin)
-                with closing(_training_batches(trainer)) as given:
+                with closing(batches_of_fit(trainer, "train")) as given:
                     loops.recalibrate(islice(given, batches), _frozen(trainer, module))
             for buffer in own.values():
                 if have_one_model(trainer) and buffer.is_floating_point():
@@ -103,43 +101,8 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _training_batches(trainer: Trainer) -> Generator[Any, None, None]:
-    """Training batches from a loader of our own, each rank its share: the one in use must not lose its place."""
-    loader = listed(trainer.fit_loop._data_source.dataloader())[0]
-    if trainer.world_size > 1 and isinstance(loader, DataLoader):
-        shuffled = not isinstance(loader.sampler, SequentialSampler)
-        loader = trainer._data_connector._prepare_dataloader(loader, shuffle=shuffled, mode=RunningStage.TRAINING)
-    if isinstance(loader, DataLoader) and loader.persistent_workers and loader.batch_sampler is not None:
-        # Asking a loader with persistent workers for an iterator starts the one in use again.
-        loader = DataLoader(
-            loader.dataset,
-            batch_sampler=loader.batch_sampler,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            worker_init_fn=loader.worker_init_fn,
-        )
-    with _own_randomness(loader):
-        yield from loader
-
-
 @contextmanager
-def _own_randomness(loader: Any) -> Iterator[None]:
-    """Give the generators that a user made for a loader their states back: they decide the order of training."""
-    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-    holders = [loader, *samplers, getattr(samplers[1], "sampler", None)]
-    found = {
-        id(own): own for holder in holders if isinstance(own := getattr(holder, "generator", None), torch.Generator)
-    }
-    states = [(generator, generator.get_state()) for generator in found.values()]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-@contextmanager
-def _metrics_untouched(module: nn.Module) -> Iterator[None]:
+def metrics_untouched(module: nn.Module) -> Iterator[None]:
     """Give metrics their counts back: those of the training epoch go on after its validation."""
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     names = [(*metric._defaults, "_update_count", "_computed") for metric in metrics]

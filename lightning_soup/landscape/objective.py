@@ -1,6 +1,8 @@
 """Objective: a mean loss as a function of weights, with its gradient and its Hessian's products with vectors."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,18 +61,20 @@ class Objective:
         datamodule: LightningDataModule | None = None,
         *,
         device: torch.device | str | None = None,
+        precision: Precision | None = None,
         keep_graph: bool = True,
     ) -> "Objective":
         """The loss that a module's ``validation_step`` returns, in evaluation mode, over its trained parameters.
 
-        Attention is computed by its formula, since the fused kernels have no second derivative. Compiled modules are
-        taken as they were before. Batches are converted to float64 where parameters are.
+        Attention is computed by its formula, since the fused kernels have no second derivative. Compiled modules and
+        parts are run uncompiled, as compilers derive once only. Batches are converted to float64 where parameters are.
 
         Args:
             module: The module; it is left as it was, on the device.
             batches: Fixed batches, as the data module's loaders give them.
             datamodule: Its data module, whose transfer hooks apply.
             device: Where to run; None: where the module is.
+            precision: Converts inputs and casts as a Trainer's plugin does; None: neither.
             keep_graph: As above.
 
         Raises:
@@ -78,12 +82,12 @@ class Objective:
         """
         module = getattr(module, "_orig_mod", module)
         double = any(value.dtype == torch.float64 for value in module.parameters())
-        precision = DoublePrecision() if double else Precision()
+        precision = precision or (DoublePrecision() if double else Precision())
         loops = OwnLoops(module, datamodule, torch.device(device or module.device), precision)
         trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
 
         def loss(batch: Any) -> Tensor:
-            with loops.apart(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with loops.apart(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _uncompiled():
                 found = loss_of(loops.validation_step(batch))
             if found is None or found.grad_fn is None:
                 raise UnsupportedSetup(
@@ -177,3 +181,10 @@ class Objective:
             raise UnsupportedSetup(f"Objective.product: got a vector {list(vector.shape)}; expected [{self.size}].")
         pieces = vector.split([value.numel() for value in own])
         return [piece.view(value.shape).to(value) for piece, value in zip(pieces, own, strict=True)]
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    stance = getattr(torch.compiler, "set_stance", None)  # of torch 2.6 and later
+    if stance is None or "torch._dynamo" not in sys.modules:  # which takes seconds to import, and nothing is compiled
+        return nullcontext()
+    return stance("force_eager")
