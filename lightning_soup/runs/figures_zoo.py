@@ -104,5 +104,11 @@ def _map(axes: "Axes", rows: list[list[float]], colours: str) -> None:
                 axes.text(j, i, "–", ha="center", va="center", fontsize=6, color=BLACK)
             else:
                 dark = norm(value) > 0.6 if colours == "Blues" else not 0.2 < norm(value) < 0.8
-                told = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+                told = (
+                    f"{value:.0f}"
+                    if abs(value) >= 10
+                    else f"{value:.2g}"
+                    if abs(value) >= 0.01 or not value
+                    else f"{value:.0e}"
+                )
                 axes.text(j, i, told, ha="center", va="center", fontsize=6, color="white" if dark else BLACK)
