@@ -17,6 +17,8 @@ __all__ = ["Eigenvalues", "Trace", "hessian_top_eigenvalues", "hessian_trace"]
 
 _BASIS_BYTES = 2 << 30  # of vectors that are kept to stay orthogonal to
 
+_KEPT = 0.5**0.5  # of a vector's length: what is left is orthogonal then (Daniel, Gragg, Kaufman, Stewart, 1976)
+
 
 @dataclass(frozen=True)
 class Eigenvalues:
@@ -89,24 +91,30 @@ def hessian_top_eigenvalues(
     limit = min(max_steps, size)
     fits = limit * size * dtype.itemsize <= _BASIS_BYTES
     vector = _first(objective, seed)
-    basis, alphas, betas = [vector], [], []
+    basis = vector.new_empty(limit if fits else 2, size)  # its rows; else the newest two in turn
+    alphas, betas = [], []
     found = Eigenvalues((), (), 0, False)
     for step in progress(range(limit), "Lanczos", limit):
-        after = objective.product(basis[-1])
-        alphas.append(float(torch.dot(after, basis[-1])))
-        after.sub_(basis[-1], alpha=alphas[-1])
-        if len(basis) > 1:
-            after.sub_(basis[-2], alpha=betas[-1])
-        for _ in range(2 if fits else 0):  # twice is enough
-            for other in basis:
-                after.sub_(other, alpha=float(torch.dot(after, other)))
+        current = basis[step % len(basis)]
+        current.copy_(vector)
+        after = objective.product(current)
+        alphas.append(float(torch.dot(after, current)))
+        after.sub_(current, alpha=alphas[-1])
+        if step:
+            after.sub_(basis[(step - 1) % len(basis)], alpha=betas[-1])
         beta = float(after.norm())
+        for _ in range(2 if fits else 0):  # twice is enough, and needed only where much was taken away
+            before, known = beta, basis[: step + 1]
+            after.addmv_(known.T, torch.mv(known, after), alpha=-1)
+            beta = float(after.norm())
+            if beta > _KEPT * before:
+                break
         found = _ritz(alphas, betas, beta, min(k, step + 1), step + 1, tolerance)
         exhausted = beta <= 1e-12 * max(map(abs, (*alphas, *betas)), default=0.0)
         if exhausted or (found.converged and step + 1 >= k):
             break
         betas.append(beta)
-        basis = [*(basis if fits else basis[-1:]), after.div_(beta)]
+        vector = after.div_(beta)
     return found
 
 

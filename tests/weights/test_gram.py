@@ -65,6 +65,27 @@ def test_broken_ones_are_named_and_the_others_compared():
     torch.testing.assert_close(found.products["a"][0, 0], expected(rows[:1], start)[0, 0], rtol=1e-3, atol=0)
 
 
+def test_a_first_one_that_is_broken_leaves_the_others_comparable():
+    _, rows = networks()
+    whole = expected(rows[1:], rows[1])
+    rows[0]["a"][3, 5] = math.nan
+    found = gram(rows)
+    assert found.broken == ((0, "a"),)
+    distances = [float(found.total[i, i] + found.total[j, j] - 2 * found.total[i, j]) for i, j in ((1, 2), (1, 3))]
+    assert distances == pytest.approx(
+        [float(whole[1, 1]), float(whole[2, 2])], rel=0.01
+    )  # of one chunk, not of near ones
+
+
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_more_rows_than_a_block_of_products_has(count):
+    start, rows = networks(count)
+    torch.testing.assert_close(gram(rows, start).total, expected(rows, start), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        gram([*rows, rows[0]]).total[:count, :count], expected(rows, rows[0]), rtol=1e-4, atol=1e-9
+    )
+
+
 def test_infinities_that_all_share_are_no_difference():
     start, rows = networks()
     for row in (start, *rows):
