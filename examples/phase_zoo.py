@@ -188,9 +188,9 @@ def main() -> None:
                 "Phases by borders that were proposed from this grid (a trace above "
                 f"{at.trace:.3g}, a connectivity beyond {at.mc:g} points, a CKA from {at.similar:.2f}); other borders "
                 "give other phases. The trace does not order the gain of averaging epochs.",
-                "Where it does not hold: at batch 256 networks of width 8 are far from done after 160 steps, so that the "
-                "curve finds better ones between them; and wide networks at batch 16 lie near enough to each other that "
-                "their plain average costs less than elsewhere.",
+                "Where it does not hold: at batch 256 networks of width 8 are far from done after 160 steps, so that "
+                "the curve finds better ones between them; and wide networks at batch 16 lie near enough to each other "
+                "that their plain average costs less than elsewhere.",
                 "![phases](zoo_phases.png)",
                 "![measures](zoo_measures.png)",
             ]
