@@ -247,7 +247,8 @@ def test_precisions(earlier, kind, precision):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, tracing a log call
-@pytest.mark.parametrize("kind", [pytest.param("kl", marks=pytest.mark.slow), "l2sp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kl", "l2sp"])
 def test_compiled_modules(earlier, kind):
     plain, compiled = (tuned(earlier, REGULARIZERS[kind](earlier)) for _ in range(2))
     fit(plain, max_epochs=1)
