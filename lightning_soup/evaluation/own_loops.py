@@ -182,6 +182,12 @@ class OwnLoops:
         with self.precision.forward_context():
             if is_overridden("predict_step", self.module):
                 return step(batch, *_indices(step, 0))
+            if not is_overridden("forward", self.module):
+                raise RecipeError(
+                    f"{type(self.module).__name__} has neither predict_step nor forward, so it gives no logits. Add a "
+                    "predict_step that returns logits [batch, classes]; a soup can go without its report "
+                    "(--report=false)."
+                )
             return self.module(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
     def _logits(self, batch: Any) -> Tensor:

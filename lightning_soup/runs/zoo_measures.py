@@ -3,8 +3,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_soup.landscape.curvature import hessian_top_eigenvalues, hessian_
 from lightning_soup.landscape.objective import Objective
 from lightning_soup.landscape.similarity import cka
 from lightning_soup.landscape.weight_statistics import weight_statistics
+from lightning_soup.landscape.wide_copy import on_wide_copies
 from lightning_soup.recipes import UniformSoup
 from lightning_soup.recipes.checks import statistics_of
 from lightning_soup.runs.zoo_file import Measures
@@ -63,7 +63,7 @@ def measure_model(
     found = _named("train", training.figures(open_checkpoint(model)), *names)
     batches = list(training.batches_of(measures.samples))
     found["majority"] = _majority(batches)
-    with _in_float32(module):
+    with on_wide_copies(module):  # half precision is too coarse for second derivatives
         objective = Objective.of_module(module, batches, datamodule, device=training.trainer.strategy.root_device)
         try:
             found["lambda_max"] = hessian_top_eigenvalues(objective, max_steps=measures.lanczos).values[0]
@@ -104,20 +104,6 @@ def check_logged(figures: Mapping[str, float], metric: str, loss: str) -> None:
 def _named(part: str, figures: Mapping[str, float], metric: str, loss: str) -> dict[str, float]:
     check_logged(figures, metric, loss)
     return {f"{part}_loss": figures[loss], f"{part}_acc": figures[metric]}
-
-
-@contextmanager
-def _in_float32(module: LightningModule) -> Iterator[None]:
-    """Weights that were trained in half precision in float32: half is too coarse for second derivatives."""
-    tensors = [one for one in (*module.parameters(), *module.buffers()) if one.dtype in (torch.half, torch.bfloat16)]
-    kept = [one.data for one in tensors]
-    for one in tensors:
-        one.data = one.data.float()
-    try:
-        yield
-    finally:
-        for one, data in zip(tensors, kept, strict=True):
-            one.data = data
 
 
 def _majority(batches: Sequence[Any]) -> float:
@@ -220,11 +206,11 @@ def _outputs(evaluator: ModuleEvaluator, models: Sequence[Path]) -> list[torch.T
             with isolate_rng():
                 torch.manual_seed(0)  # the same order for all, where the loader shuffles
                 told = next(iter(evaluator.outcomes(open_checkpoint(model), "select").values()))
-        except (RecipeError, NotImplementedError):
+        except RecipeError as error:
             warnings.warn(
                 "the outputs of the seeds are not compared, so there is no CKA, without which phase IV is not "
-                "determined: that takes validation batches (inputs, targets), and a predict_step of "
-                f"{type(evaluator.module).__name__} that returns logits [batch, classes].",
+                f"determined ({str(error).partition('. ')[0]}): that takes validation batches (inputs, targets), and a "
+                f"predict_step of {type(evaluator.module).__name__} that returns logits [batch, classes].",
                 stacklevel=2,
             )
             return None

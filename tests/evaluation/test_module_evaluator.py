@@ -249,6 +249,14 @@ def test_a_module_without_predict_step_is_called_with_the_inputs(data):
     assert evaluator.head() == ("net.3.weight", "net.3.bias")
 
 
+def test_a_module_that_gives_no_logits_is_told(data):
+    class Silent(TinyClassifier):
+        predict_step = LightningModule.predict_step
+
+    with pytest.raises(RecipeError, match=r"Silent has neither predict_step nor forward.*Add a predict_step"):
+        ModuleEvaluator(Silent(), data).outcomes(weights_of(1))
+
+
 def test_a_module_that_is_built_later_is_not_scored_as_it_happens_to_be(data):
     class Later(TinyClassifier):
         def __init__(self):
